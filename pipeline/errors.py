@@ -1,0 +1,66 @@
+"""What can go wrong, as types.
+
+KinorayError                a user can act on it; the message names the field or file, the value and the fix
+├── SourceError             the given source holds nothing usable, or cannot be read
+├── ManifestError           a folder is not what a hop published, or is not complete
+├── TooManyRejectsError     a hop refused more rows than its config allows
+├── TrainingDivergedError   a loss or gradient is not finite; the update was not made
+└── ClipRejected            one row cannot be used; becomes a row of REJECTS, never a lost row
+"""
+
+from enum import StrEnum
+
+
+class RejectReason(StrEnum):
+    """Why a row was refused. The value is what stands in the REJECTS table."""
+
+    UNREADABLE = "unreadable"  # no decoder can open the file
+    NOT_VIDEO = "not_video"  # opened, but no usable video stream (audio only, cover art, text)
+    NO_FRAMES = "no_frames"  # a stream without a single decodable frame
+    TOO_SHORT = "too_short"  # fewer frames than the policy asks for
+    TOO_SMALL = "too_small"  # a side below the model's stride
+    TOO_LARGE = "too_large"  # pixels or frames above the decode limit
+    BAD_TIMES = "bad_times"  # timestamps missing, not finite or not increasing
+    WRONG_FRAMES = "wrong_frames"  # count, shape or content differs from what was announced
+    TIMEOUT = "timeout"  # the decoder was killed by the clock
+    CRASHED = "crashed"  # the decoder process died
+    NO_CAPTION = "no_caption"  # no caption found and the config asks for one
+    BAD_ROW = "bad_row"  # a manifest row without its required columns
+    DUPLICATE = "duplicate"  # the same clip id came before in the same set
+
+
+class KinorayError(Exception):
+    """Base of every error a user can act on."""
+
+
+class SourceError(KinorayError):
+    """The source holds nothing usable, or cannot be read."""
+
+
+class ManifestError(KinorayError):
+    """A folder is not what a hop published, or is not complete."""
+
+
+class TooManyRejectsError(KinorayError):
+    """A hop refused more rows than its config allows."""
+
+
+class TrainingDivergedError(KinorayError):
+    """A loss or gradient is not finite. The message carries the step and the sample ids."""
+
+
+class ClipRejected(KinorayError):  # noqa: N818 - a verdict on one row, not a fault of the program
+    """One row cannot be used.
+
+    Attributes:
+        reason: the machine-readable reason.
+        detail: one line for people: the value that was found and the rule it breaks.
+    """
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
