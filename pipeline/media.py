@@ -42,6 +42,12 @@ def encode_mp4(video_u8: Frames, fps: float, crf: int = 14) -> bytes:
         return path.read_bytes()
 
 
+def decode_frames(data: bytes) -> Frames:
+    """All frames of a video or picture file as they stand, t h w 3; for our own files, not for strangers'."""
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 def encode_png(picture_u8: Frames) -> bytes:
     """One frame, h w 3, as PNG."""
     buffer = io.BytesIO()

@@ -1,0 +1,1 @@
+"""Serving: durable video jobs behind an OpenAI-shaped HTTP API, on Ray Serve."""

@@ -1,0 +1,1 @@
+"""Training over many processes: the only place that imports torch.distributed."""

@@ -1,0 +1,57 @@
+"""What all jobs share: `[RECIPE] --storage URL --source URL --dotted.override value`, and how they end."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+
+from jobs.recipes import RECIPES
+from pipeline import cluster, store
+from pipeline.chain import Chain, Recipe
+from pipeline.errors import KinorayError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags of a job.
+
+    Attributes:
+        recipe: every field of every part can be set by its dotted name.
+        storage: folder or URL that all results go to.
+        source: folder, bucket or manifest of videos; without it, the toy world is made.
+        model: folder of a training run or of a model, to use instead of training one.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    storage: str = "runs"
+    source: str | None = None
+    model: str | None = None
+
+
+def run(job: Callable[[Chain], store.Manifest], description: str | None) -> None:
+    """Parse the command line, connect to Ray, run the job and print its result's URI last; exit 1 on an error."""
+    options = parse(sys.argv[1:], description)
+    try:
+        cluster.connect()
+        chain = Chain(options.recipe, options.source, cluster.resolve_storage(options.storage), options.model)
+        manifest = job(chain)
+    except (KinorayError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("KINORAY_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(KINORAY_TRACEBACK=1 shows where)")
+    print(f"result: {manifest.uri}")
+
+
+def parse(arguments: list[str], description: str | None) -> Options:
+    """The options of a command line; its first word, if it is no flag, names a recipe."""
+    name, rest = ("toy_cpu", arguments)
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    if name not in RECIPES:
+        sys.exit(f"error: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    recipe = RECIPES[name]()
+    about = f"{description}\n\nRecipe {name} (of {', '.join(RECIPES)}): {RECIPES[name].__doc__}"
+    return tyro.cli(Options, default=Options(recipe=recipe), args=rest, description=about)

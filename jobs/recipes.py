@@ -1,0 +1,74 @@
+"""Named whole configurations. A docstring tells the purpose, the cost and what to expect."""
+
+from collections.abc import Callable
+
+from pipeline.chain import Recipe, SampleConfig
+from pipeline.curate import CurateConfig
+from pipeline.encode import EncodeConfig
+from pipeline.evaluate import EvaluateConfig
+from pipeline.generate import GenerateConfig
+from pipeline.plan import PlanConfig
+from pipeline.toy import ToyConfig
+from pipeline.train import WorkersConfig
+from pipeline.train_vae import TrainVaeConfig
+from pipeline.train_video import TrainVideoConfig
+from video_dit.diffusion.losses import FlowConfig
+from video_dit.model import VideoDiTConfig
+from video_dit.text import HashedWordConfig
+from video_dit.training import OptimizerConfig
+from video_dit.vae import VideoVAEConfig
+
+
+def toy_cpu() -> Recipe:
+    """The whole system in minutes on a laptop: a world of moving shapes, from MP4 files to a model that draws them."""
+    text = HashedWordConfig(dim=96, position_dim=16)
+    channels = 16
+    vae = VideoVAEConfig(
+        base_dim=16,
+        z_dim=channels,
+        dim_mult=(1, 4, 4),
+        num_res_blocks=1,
+        temperal_downsample=(True, True),
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=(0.0,) * channels,
+        latents_std=(1.0,) * channels,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+    dit = VideoDiTConfig(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text.dim,
+        freq_dim=64,
+        ffn_dim=768,
+        num_layers=6,
+    )
+    generate = GenerateConfig(num_steps=20, guidance_scale=3.0)
+    return Recipe(
+        toy=ToyConfig(num_clips=3000),
+        curate=CurateConfig(fps=8.0, max_frames=33, max_side_px=96, max_pixels_px=96 * 96),
+        vae=TrainVaeConfig(
+            vae=vae,
+            text=text,
+            plan=PlanConfig(token_budget=16 * 9, packs_per_step=1),
+            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=600, weight_decay=0.0),
+        ),
+        encode=EncodeConfig(),
+        video=TrainVideoConfig(
+            dit=dit,
+            flow=FlowConfig(),
+            plan=PlanConfig(token_budget=2048, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
+            optimizer=OptimizerConfig(learning_rate=1.5e-3, num_steps=600, ema_decay=0.99),
+        ),
+        sample=SampleConfig(generate=generate),
+        evaluate=EvaluateConfig(num_prompts=200, generate=generate),
+        workers=WorkersConfig(num_workers=1, cpus_per_worker=2, checkpoint_every=100),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"toy_cpu": toy_cpu}

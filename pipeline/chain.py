@@ -1,0 +1,163 @@
+"""The whole way from a source to a model, hop by hop: each runs what is missing before it and skips what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import console, store
+from pipeline.curate import CurateConfig, curate
+from pipeline.encode import EncodeConfig, encode
+from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
+from pipeline.generate import GenerateConfig, sample_video
+from pipeline.toy import ToyConfig, make_toy_clips
+from pipeline.train import WorkersConfig, model_folder
+from pipeline.train_vae import TrainVaeConfig, train_vae
+from pipeline.train_video import TrainVideoConfig, train_video
+from video_dit.generator import GenerationRequest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What a finished model shows first.
+
+    Attributes:
+        prompts: what to show; without any, held-out toy scenes, or captions of the source's own clips.
+        num_frames, height_px, width_px: of the given prompts.
+        num: how many, when no prompts are given.
+        generate: steps, guidance and batches.
+    """
+
+    prompts: tuple[str, ...] = ()
+    num_frames: int = 17
+    height_px: int = 64
+    width_px: int = 64
+    num: int = 12
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole configuration: one part a hop, and the workers that train."""
+
+    toy: ToyConfig = dataclasses.field(default_factory=ToyConfig)
+    curate: CurateConfig = dataclasses.field(default_factory=CurateConfig)
+    vae: TrainVaeConfig = dataclasses.field(default_factory=TrainVaeConfig)
+    encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
+    video: TrainVideoConfig = dataclasses.field(default_factory=TrainVideoConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    workers: WorkersConfig = dataclasses.field(default_factory=WorkersConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model to sample from: the run it came from and its folder."""
+
+    run: store.Manifest
+    uri: str
+
+
+class Chain:
+    """The hops of one recipe over one source.
+
+    Args:
+        recipe: all configs.
+        source: folder, bucket or manifest of videos; None makes the toy world.
+        storage: root of all results.
+        model: a run's or a model's folder to use instead of training one.
+    """
+
+    def __init__(self, recipe: Recipe, source: str | None, storage: str, model: str | None = None) -> None:
+        self.recipe, self.source, self.storage = recipe, source, storage
+        self._given_model = model
+
+    def toy_clips(self) -> store.Manifest:
+        """The toy world's files."""
+        return self._hop("toy clips", lambda: make_toy_clips(self.recipe.toy, self.storage))
+
+    def clips(self) -> store.Manifest:
+        """CLIPS of the source."""
+        source = self.source or store.join(self.toy_clips().uri, "clips")
+        return self._hop("curate", lambda: curate(self.recipe.curate, source, self.storage))
+
+    def vae(self) -> store.Manifest:
+        """The trained VAE."""
+        clips = self.clips()
+        return self._hop("train VAE", lambda: train_vae(self.recipe.vae, self.recipe.workers, clips, self.storage))
+
+    def latents(self) -> store.Manifest:
+        """LATENTS of the clips."""
+        vae = self.vae()
+        (clips,) = (store.Manifest.load(parent["uri"]) for parent in vae.parents)
+        return self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
+
+    def model(self) -> Model:
+        """The given model, or the one that the recipe trains."""
+        if self._given_model:
+            return open_model(self._given_model)
+        latents = self.latents()
+        run = self._hop(
+            "train video", lambda: train_video(self.recipe.video, self.recipe.workers, latents, self.storage)
+        )
+        return Model(run=run, uri=model_folder(run))
+
+    def samples(self, model: Model | None = None) -> store.Manifest:
+        """Videos and a contact sheet of a model."""
+        made_by = model or self.model()
+        config = self.recipe.sample.generate
+        return self._hop(
+            "sample", lambda: sample_video(config, self._requests(made_by), made_by.run, made_by.uri, self.storage)
+        )
+
+    def scores(self, model: Model | None = None) -> store.Manifest:
+        """The toy world's score table of a model."""
+        made_by = model or self.model()
+        return self._hop(
+            "evaluate", lambda: evaluate_video(self.recipe.evaluate, made_by.run, made_by.uri, self.storage)
+        )
+
+    def train_and_show(self) -> store.Manifest:
+        """Train, sample and, in the toy world, score; says what to look at and what to run next."""
+        model = self.model()
+        samples = self.samples(model)
+        if self.source is None:
+            console.score_table(read_scores(self.scores(model)))
+        console.say(f"look at: {samples.uri}/contact_sheet.png")
+        console.say(f"watch:   tensorboard --logdir {self.storage}")
+        console.say(f"next:    python jobs/serve_video.py --model {model.run.uri}")
+        return model.run
+
+    def _requests(self, model: Model) -> list[GenerationRequest]:
+        config = self.recipe.sample
+        size = (config.num_frames, config.height_px, config.width_px)
+        if config.prompts:
+            return [config.generate.request(n, prompt, *size) for n, prompt in enumerate(config.prompts)]
+        if self.source is None:
+            return toy_requests(config.generate, config.num, self.recipe.evaluate.seed)
+        clips = self.clips().read("clips").slice(0, config.num).to_pylist()
+        return [
+            config.generate.request(n, clip["caption"], clip["num_frames"], clip["height_px"], clip["width_px"])
+            for n, clip in enumerate(clips)
+        ]
+
+    def _hop(self, label: str, run: Callable[[], store.Manifest]) -> store.Manifest:
+        start_s = time.monotonic()
+        manifest = run()
+        console.hop_done(label, manifest, time.monotonic() - start_s)
+        return manifest
+
+
+def open_model(url: str) -> Model:
+    """A model by the folder of its run, or by its own folder inside a run.
+
+    Raises:
+        ManifestError: neither is there.
+    """
+    uri = store.absolute(url).rstrip("/")
+    if store.exists(store.join(uri, "model_index.json")):
+        return Model(run=store.Manifest.load(str(Path(uri).parents[1])), uri=uri)
+    run = store.Manifest.load(uri)
+    return Model(run=run, uri=model_folder(run))

@@ -1,0 +1,231 @@
+"""Verb "encode": clips to latents and text embeddings, the only form in which training sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from pipeline import cluster, store
+from pipeline.errors import ClipRejected, ManifestError, RejectReason
+from pipeline.stages import guard, latents
+from pipeline.stages.decode import Clip
+from pipeline.stages.reader import ClipReader
+from video_dit.shapes import VideoShape
+from video_dit.text import load_text_encoder
+from video_dit.vae import VideoVAE
+
+LATENT_ROWS_PER_GROUP = 16  # small enough to read one sample without its neighbours
+
+_TOTALS = ("num_latents", "num_rejects", "num_frames", "num_pixels", "decode_s", "encode_s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How clips become latents.
+
+    Attributes:
+        rows_per_shard: clips in one task and one file.
+        max_pixels_per_batch: t * h * w of the clips of one shape that go through the VAE together.
+        timeout_s: clock limit for the decoding of one clip.
+        max_reject_fraction: the job fails when more than this share of the clips is rejected.
+        num_actors: processes, each with its copy of the model; None is one a CPU, or one a GPU share with num_gpus.
+            Does not change the result.
+        num_gpus: GPUs (or a share of one) of each process; 0 runs the models on the CPU.
+    """
+
+    rows_per_shard: int = 128
+    max_pixels_per_batch: int = 8 * 33 * 64 * 64
+    timeout_s: float = 20.0
+    max_reject_fraction: float = 0.5
+    num_actors: int | None = None
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows_per_shard", "max_pixels_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: must be above 0")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise ValueError(f"max_reject_fraction={self.max_reject_fraction}: must be in [0, 1]")
+        if self.num_actors is not None and self.num_actors < 1:
+            raise ValueError(f"num_actors={self.num_actors}: must be at least 1, or None")
+        if self.num_gpus < 0:
+            raise ValueError(f"num_gpus={self.num_gpus}: must not be negative")
+
+
+def encode(
+    config: EncodeConfig, clips: store.Manifest, model: store.Manifest, model_uri: str, storage: str
+) -> store.Manifest:
+    """Decode every clip and encode it and its caption; publishes LATENTS, in the order of the clips, and REJECTS.
+
+    Args:
+        config: how.
+        clips: what `curate` published.
+        model: the published result that the model folder is a part of: the parent in the lineage.
+        model_uri: the model folder, with `vae/` and `text_encoder/`.
+        storage: root of all results.
+
+    Raises:
+        ManifestError: `clips` holds no clips.
+        TooManyRejectsError: too many clips cannot be decoded; the rejects are written, nothing is published.
+    """
+    if not clips.counts.get("clips"):
+        raise ManifestError(f"{clips.uri!r} holds no clips, only {clips.counts}: give what curate_clips printed")
+    settings = dataclasses.asdict(config)
+    del settings["num_actors"]  # how, not what
+    identity = {**settings, "model": model_uri.removeprefix(model.uri).strip("/")}
+    produce = functools.partial(_produce, config, clips, model_uri)
+    return store.publish_once(cluster.resolve_storage(storage), "encode", clips.name, identity, [clips, model], produce)
+
+
+def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder: str) -> store.Produced:
+    start_s = time.monotonic()
+    shards = sorted(_run_graph(config, clips.read("clips"), model_uri, folder), key=lambda shard: shard["shard"])
+    elapsed_s = time.monotonic() - start_s
+    total = {name: sum(shard[name] for shard in shards) for name in _TOTALS}
+    num_clips, num_latents, num_rejects = clips.counts["clips"], total["num_latents"], total["num_rejects"]
+    assert num_clips == num_latents + num_rejects, f"{num_clips} clips, {num_latents} latents, {num_rejects} rejects"
+    reasons = sum((Counter(json.loads(shard["reasons"])) for shard in shards), Counter[str]())
+    guard.check_rejects(num_rejects, num_clips, reasons, config.max_reject_fraction, folder)
+    measures = {
+        "clips_per_s": num_latents / elapsed_s,
+        "frames_per_s": total["num_frames"] / elapsed_s,
+        "pixels_per_s": total["num_pixels"] / elapsed_s,
+        "decode_s": total["decode_s"],
+        "encode_s": total["encode_s"],
+        **{f"rejects_{reason}": count for reason, count in sorted(reasons.items())},
+    }
+    files = {table: [shard[table] for shard in shards if shard[table]] for table in ("latents", "rejects")}
+    counts = {"clips": num_clips, "latents": num_latents, "rejects": num_rejects}
+    return store.Produced(counts=counts, files=files, measures=measures)
+
+
+def _run_graph(config: EncodeConfig, table: pa.Table, model_uri: str, folder: str) -> list[dict[str, Any]]:
+    """Encode shard by shard; a row of file names and figures for each."""
+    cluster.connect()
+    size = config.rows_per_shard
+    tasks = [
+        table.slice(first, size).append_column(
+            "shard", pa.array([shard] * min(size, table.num_rows - first), pa.int64())
+        )
+        for shard, first in enumerate(range(0, table.num_rows, size))
+    ]
+    shards = ray.data.from_arrow(tasks).map_batches(
+        EncodeShard,
+        batch_size=None,  # a block is a shard
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(_num_actors(config), len(tasks))),
+        num_cpus=1,
+        num_gpus=config.num_gpus or None,
+        fn_constructor_args=(config, model_uri, folder),
+    )
+    return [row for block in ray.get(shards.to_arrow_refs()) for row in block.to_pylist()]
+
+
+def _num_actors(config: EncodeConfig) -> int:
+    resources = ray.cluster_resources()
+    by_gpu = int(resources.get("GPU", 0) / config.num_gpus) if config.num_gpus else None
+    return config.num_actors or by_gpu or int(resources["CPU"])
+
+
+class EncodeShard:
+    """Worker: rows of CLIPS to one LATENTS file and one REJECTS file. Frames never leave it.
+
+    The next group of clips is decoded (in the reader's own process) while the VAE works on the one before.
+    """
+
+    def __init__(self, config: EncodeConfig, model_uri: str, folder: str) -> None:
+        self._config = config
+        self._folder = folder
+        self._device = "cuda" if config.num_gpus else "cpu"
+        self._vae = VideoVAE.from_pretrained(model_uri, subfolder="vae").eval().to(self._device)
+        self._text_encoder = load_text_encoder(model_uri, subfolder="text_encoder")
+        self._reader = ClipReader(timeout_s=config.timeout_s)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row: the shard's number, its file names (empty: no file), counts and seconds."""
+        rows = [{**row, "position": position} for position, row in enumerate(batch.to_pylist())]
+        texts = self._text_encoder([row["caption"] for row in rows])
+        done: dict[int, dict[str, Any]] = {}
+        rejects: dict[int, dict[str, Any]] = {}
+        decode_s = encode_s = 0.0
+        for group in self._decoded(latents.group_by_shape(rows, self._config.max_pixels_per_batch)):
+            decode_s += group.seconds
+            rejects |= {row["position"]: guard.reject_row(row) for row in group.rejects}
+            if not group.clips:
+                continue
+            start_s = time.monotonic()
+            videos = latents.encode_videos(self._vae, [clip.video_u8 for clip in group.clips], self._device)
+            encode_s += time.monotonic() - start_s
+            for row, clip, latent in zip(group.rows, group.clips, videos, strict=True):
+                done[row["position"]] = latents.latents_row(row, clip, latent, texts[row["position"]])
+        used = [row for row in rows if row["position"] in done]
+        report = {
+            "shard": rows[0]["shard"],
+            "latents": self._write("latents", done, LATENT_ROWS_PER_GROUP),
+            "rejects": self._write("rejects", rejects, LATENT_ROWS_PER_GROUP),
+            "num_latents": len(done),
+            "num_rejects": len(rejects),
+            "num_frames": sum(row["num_frames"] for row in used),
+            "num_pixels": sum(row["num_frames"] * row["height_px"] * row["width_px"] for row in used),
+            "decode_s": decode_s,
+            "encode_s": encode_s,
+            "reasons": json.dumps(Counter(row["reason"] for row in rejects.values())),
+        }
+        return pa.Table.from_pylist([report])
+
+    def _write(self, table: str, rows: dict[int, dict[str, Any]], rows_per_group: int) -> str:
+        """One file of rows in the order of their positions; no file for no rows."""
+        ordered = [rows[position] for position in sorted(rows)]
+        return store.write_shard(self._folder, table, ordered, rows_per_group) if ordered else ""
+
+    def _decoded(self, groups: list[list[guard.Row]]) -> Iterator[DecodedGroup]:
+        """Groups in order, decoded one ahead of the caller."""
+        ahead = self._thread.submit(self._decode, groups[0])
+        for following in groups[1:]:
+            group, ahead = ahead, self._thread.submit(self._decode, following)
+            yield group.result()
+        yield ahead.result()
+
+    def _decode(self, rows: list[guard.Row]) -> DecodedGroup:
+        start_s = time.monotonic()
+        group = DecodedGroup()
+        for row in rows:
+            try:
+                group.clips.append(self._read(row))
+                group.rows.append(row)
+            except ClipRejected as verdict:
+                group.rejects.append(guard.reject(row, "decode", verdict))
+        group.seconds = time.monotonic() - start_s
+        return group
+
+    def _read(self, row: guard.Row) -> Clip:
+        shape = VideoShape(row["num_frames"], row["height_px"], row["width_px"])
+        try:
+            shape.latent(self._vae.config.stride)
+        except ValueError as error:
+            raise ClipRejected(RejectReason.WRONG_FRAMES, f"does not fit this VAE: {error}") from error
+        window = {name: row[name] for name in ("start_s", "end_s", "fps", "height_px", "width_px", "num_frames")}
+        return self._reader.read(row["source_uri"], **window)
+
+
+@dataclasses.dataclass
+class DecodedGroup:
+    """Clips of one shape beside their rows, the rows that could not be decoded, and the time it took in seconds."""
+
+    rows: list[guard.Row] = dataclasses.field(default_factory=list)
+    clips: list[Clip] = dataclasses.field(default_factory=list)
+    rejects: list[guard.Row] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0

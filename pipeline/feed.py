@@ -1,0 +1,152 @@
+"""Random access to stored samples, and batches prepared while the step before them runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline import store
+from video_dit.shapes import LatentShape, Stride
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class LatentSample(NamedTuple):
+    """One row of LATENTS, as tensors."""
+
+    clip_id: str
+    latents: Tensor  # c t h w, float32
+    text: Tensor  # s d, float32
+
+
+class BoundedCache(Generic[Key, Value]):
+    """The most recently used values, as long as they fit."""
+
+    def __init__(self, max_bytes: int, size_of: Callable[[Value], int]) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._size_of = size_of
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of `key`, made when it is not there."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = make()
+        self._values[key] = value
+        self.num_bytes += self._size_of(value)
+        while self.num_bytes > self.max_bytes and len(self._values) > 1:
+            self.num_bytes -= self._size_of(self._values.popitem(last=False)[1])
+        return value
+
+
+class LatentDataset:
+    """The LATENTS table of a manifest, read by row group when a sample is asked for.
+
+    Attributes:
+        clip_ids: of each sample, in the table's order.
+        shapes: latent frames, rows and columns of each sample.
+        fps: the commonest rate of the clips.
+    """
+
+    def __init__(self, manifest: store.Manifest, cache_bytes: int = 1 << 30) -> None:
+        self.clip_ids: list[str] = []
+        self.shapes: list[LatentShape] = []
+        self._places: list[tuple[int, int, int]] = []  # file, row group, row
+        rates: Counter[float] = Counter()
+        self._files = [_open_parquet(store.join(manifest.uri, name)) for name in manifest.files["latents"]]
+        self._groups: BoundedCache[tuple[int, int], dict[str, list]] = BoundedCache(cache_bytes, _group_bytes)
+        self._lock = threading.Lock()
+        for number, file in enumerate(self._files):
+            for group in range(file.num_row_groups):
+                index = file.read_row_group(group, columns=["clip_id", "latents_shape", "fps"]).to_pydict()
+                self.clip_ids += index["clip_id"]
+                self.shapes += [LatentShape(*shape[1:]) for shape in index["latents_shape"]]
+                self._places += [(number, group, row) for row in range(len(index["clip_id"]))]
+                rates.update(index["fps"])
+        self.fps = rates.most_common(1)[0][0]
+
+    def __len__(self) -> int:
+        return len(self.clip_ids)
+
+    def num_tokens(self, patch: Stride) -> list[int]:
+        """Tokens of each sample under a patch."""
+        return [shape.grid(patch).num_tokens for shape in self.shapes]
+
+    def __getitem__(self, place: int) -> LatentSample:
+        number, group, row = self._places[place]
+        with self._lock:
+            columns = self._groups.get((number, group), lambda: self._files[number].read_row_group(group).to_pydict())
+        return LatentSample(
+            columns["clip_id"][row],
+            _tensor(columns["latents"][row], columns["latents_shape"][row]),
+            _tensor(columns["text"][row], columns["text_shape"][row]),
+        )
+
+
+def _open_parquet(url: str) -> pq.ParquetFile:
+    fs, path = store.filesystem(url)
+    return pq.ParquetFile(fs.open(path))
+
+
+def _group_bytes(columns: dict[str, list]) -> int:
+    return sum(map(len, columns["latents"])) + sum(map(len, columns["text"]))
+
+
+def _tensor(data: bytes, shape: list[int]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.float16).reshape(shape).astype(np.float32))
+
+
+class Timed(NamedTuple, Generic[Value]):
+    """A value and how long the consumer waited for it."""
+
+    value: Value
+    wait_s: float
+
+
+def prefetch(values: Iterator[Value], depth: int = 2) -> Iterator[Timed[Value]]:
+    """Make the next values in a thread while the consumer works; what the iterator raises is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: tuple[str, object]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def produce() -> None:
+        try:
+            for value in values:
+                if not put(("value", value)):
+                    return
+            put(("end", None))
+        except BaseException as error:  # carried to the consumer, whatever it is
+            put(("error", error))
+
+    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            start_s = time.monotonic()
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield Timed(value, time.monotonic() - start_s)
+    finally:
+        stopped.set()

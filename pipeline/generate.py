@@ -1,0 +1,172 @@
+"""Verb "sample_video": prompts to MP4 files and a contact sheet, in packed batches on the cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from pipeline import media, store
+from video_dit.generator import GenerationRequest, Generator, read_limits
+
+Judge = Callable[[media.Frames, GenerationRequest], dict[str, bool]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How videos are made from requests. Resources do not change the result.
+
+    Attributes:
+        num_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 is none.
+        seed: of the first video; the next ones count up.
+        requests_per_batch: videos in one packed forward pass.
+        num_actors: processes with a copy of the model; None is one a CPU, or one a GPU.
+        gpus_per_actor: 0 runs on the CPU.
+    """
+
+    num_steps: int = 20
+    guidance_scale: float = 4.0
+    seed: int = 0
+    requests_per_batch: int = 16
+    num_actors: int | None = None
+    gpus_per_actor: float = 0
+
+    def __post_init__(self) -> None:
+        if self.requests_per_batch < 1:
+            raise ValueError(f"requests_per_batch={self.requests_per_batch}: must be at least 1")
+
+    def request(self, number: int, prompt: str, num_frames: int, height_px: int, width_px: int) -> GenerationRequest:
+        """The number-th video's request."""
+        return GenerationRequest(
+            prompt=prompt,
+            num_frames=num_frames,
+            height_px=height_px,
+            width_px=width_px,
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed + number,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratedVideo:
+    """A finished video: what was asked, where it lies, and what a judge said of it."""
+
+    request: GenerationRequest
+    file: str
+    verdict: dict[str, bool]
+
+
+def sample_video(
+    config: GenerateConfig,
+    requests: Sequence[GenerationRequest],
+    model: store.Manifest,
+    model_uri: str,
+    storage: str,
+    name: str = "samples",
+) -> store.Manifest:
+    """Make videos; publishes `videos/NNN.mp4` with a JSON file of settings beside each, and `contact_sheet.png`.
+
+    Args:
+        config: resources and batches.
+        requests: prompts and sizes.
+        model: the training run, the parent in the lineage.
+        model_uri: its model folder.
+        storage: root of all results.
+
+    Raises:
+        ValueError: a request that the model cannot make.
+    """
+    identity = {"requests": [dataclasses.asdict(request) for request in requests], "model": model_uri}
+
+    def produce(folder: str) -> store.Produced:
+        start_s = time.monotonic()
+        videos = generate(config, requests, model_uri, folder)
+        write_contact_sheet(videos, folder)
+        frames = sum(request.num_frames for request in requests)
+        elapsed_s = time.monotonic() - start_s
+        measures = {"videos_per_s": len(videos) / elapsed_s, "frames_per_s": frames / elapsed_s}
+        return store.Produced(counts={"videos": len(videos)}, measures=measures)
+
+    return store.publish_once(storage, "sample_video", name, identity, [model], produce)
+
+
+def generate(
+    config: GenerateConfig,
+    requests: Sequence[GenerationRequest],
+    model_uri: str,
+    folder: str,
+    judge: Judge | None = None,
+) -> list[GeneratedVideo]:
+    """Make videos on the cluster, files below `folder`/videos, in the order of the requests."""
+    limits = read_limits(model_uri)
+    for request in requests:
+        limits.check(request)
+    rows = [{"number": number, "request": json.dumps(dataclasses.asdict(r))} for number, r in enumerate(requests)]
+    rows.sort(key=lambda row: requests[row["number"]].shape)  # equal shapes share attention batches
+    resources = ray.cluster_resources()
+    num_gpus = resources.get("GPU", 0) / config.gpus_per_actor if config.gpus_per_actor else 0
+    num_batches = -(-len(rows) // config.requests_per_batch)
+    num_actors = config.num_actors or int(num_gpus or resources["CPU"])
+    results = ray.data.from_items(rows, override_num_blocks=num_batches).map_batches(
+        GenerateBatch,
+        batch_size=config.requests_per_batch,
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, num_batches)),
+        num_cpus=1,
+        num_gpus=config.gpus_per_actor or None,
+        fn_constructor_args=(model_uri, folder, judge),
+    )
+    made = {row["number"]: row for row in results.take_all()}
+    assert len(made) == len(requests), f"{len(requests)} requests, {len(made)} videos"
+    return [
+        GeneratedVideo(request=request, file=made[number]["file"], verdict=json.loads(made[number]["verdict"]))
+        for number, request in enumerate(requests)
+    ]
+
+
+class GenerateBatch:
+    """Makes and writes the videos of a batch of rows; one copy of the model a process."""
+
+    def __init__(self, model_uri: str, folder: str, judge: Judge | None) -> None:
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        self.generator = Generator.from_pretrained(model_uri, device)
+        self.folder, self.judge = folder, judge
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """number, request -> number, file, verdict."""
+        requests = [GenerationRequest(**json.loads(request)) for request in batch["request"]]
+        videos = [video.numpy() for video in self.generator(requests)]
+        files, verdicts = [], []
+        for number, request, video_u8 in zip(batch["number"], requests, videos, strict=True):
+            files.append(self._write(int(number), request, video_u8))
+            verdicts.append(json.dumps(self.judge(video_u8, request) if self.judge else {}))
+        return {"number": batch["number"].tolist(), "file": files, "verdict": verdicts}
+
+    def _write(self, number: int, request: GenerationRequest, video_u8: media.Frames) -> str:
+        stem = f"videos/{number:03d}"
+        is_image = len(video_u8) == 1
+        data = media.encode_png(video_u8[0]) if is_image else media.encode_mp4(video_u8, self.generator.fps)
+        file = f"{stem}.{'png' if is_image else 'mp4'}"
+        store.write_bytes(store.join(self.folder, file), data)
+        store.write_json(store.join(self.folder, f"{stem}.json"), dataclasses.asdict(request))
+        return file
+
+
+def write_contact_sheet(videos: Sequence[GeneratedVideo], folder: str, most: int = 12) -> None:
+    """Write `contact_sheet.png`: a row a video, its prompt above."""
+    shown = videos[:most]
+    frames = [media.decode_frames(store.read_bytes(store.join(folder, video.file))) for video in shown]
+    sheet = media.contact_sheet(frames, [_label(video) for video in shown])
+    store.write_bytes(store.join(folder, "contact_sheet.png"), media.encode_png(sheet))
+
+
+def _label(video: GeneratedVideo) -> str:
+    wrong = [name for name, is_right in video.verdict.items() if not is_right and name != "all"]
+    return video.request.prompt + (f"   [wrong: {', '.join(wrong)}]" if wrong else "")

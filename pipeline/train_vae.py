@@ -1,0 +1,201 @@
+"""Train the causal video VAE on random crops of CLIPS; the result is a model folder with `vae/` and `text_encoder/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pipeline import store
+from pipeline.feed import BoundedCache
+from pipeline.media import Frames
+from pipeline.plan import Pack, PlanConfig
+from pipeline.stages.reader import ClipReader
+from pipeline.train import WorkersConfig, train
+from video_dit.random import keyed_generator
+from video_dit.text import HashedWordConfig, HashedWordEncoder
+from video_dit.training import OptimizerConfig
+from video_dit.vae import VideoVAE, VideoVAEConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainVaeConfig:
+    """A training run of the VAE.
+
+    Attributes:
+        vae: sizes; the latent statistics are measured after training.
+        text: the text encoder that the model folder gets, so that it can encode captions too.
+        crop_frames, crop_px: crops are at most this long and wide; shorter and smaller clips are taken whole.
+        kl_weight: of the divergence in nats per latent element, beside the mean absolute error.
+        plan: its tokens are frames of crops; `token_budget` frames go through the model at once.
+        optimizer: learning rate and length.
+        num_statistics_clips: clips whose latents give mean and standard deviation of each channel, and the PSNR.
+    """
+
+    vae: VideoVAEConfig = dataclasses.field(default_factory=VideoVAEConfig)
+    text: HashedWordConfig = dataclasses.field(default_factory=HashedWordConfig)
+    crop_frames: int = 9
+    crop_px: int = 32
+    kl_weight: float = 1e-5
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    num_statistics_clips: int = 256
+
+    def __post_init__(self) -> None:
+        stride = self.vae.stride
+        if (self.crop_frames - 1) % stride.t:
+            raise ValueError(f"crop_frames={self.crop_frames}: must be 1 + a multiple of {stride.t}")
+        if self.crop_px % stride.h:
+            raise ValueError(f"crop_px={self.crop_px}: must be a multiple of {stride.h}")
+
+
+def train_vae(
+    config: TrainVaeConfig, workers: WorkersConfig, clips: store.Manifest, storage: str, name: str = "vae"
+) -> store.Manifest:
+    """Train, or return the run that the same call finished before; arguments as for `train_video`."""
+    task = VaeTask(clips_uri=clips.uri, config=config)
+    return store.publish_once(
+        storage,
+        "train_vae",
+        name,
+        dataclasses.asdict(config),
+        [clips],
+        lambda folder: train(task, workers, folder, "video VAE"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeTask:
+    """See `pipeline.train.Task`."""
+
+    clips_uri: str
+    config: TrainVaeConfig
+
+    @property
+    def plan(self) -> PlanConfig:
+        """Batches."""
+        return self.config.plan
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Learning rate and length."""
+        return self.config.optimizer
+
+    def build(self) -> VaeTrainee:
+        """Open the clips and make the VAE."""
+        return VaeTrainee(self)
+
+
+class VaeBatch(NamedTuple):
+    """Crops of one pack, those of equal shape stacked: b 3 t h w in [-1, 1] each, with the key of their noise."""
+
+    videos: list[Tensor]
+    key: tuple[int | str, ...]
+
+
+class VaeTrainee:
+    """See `pipeline.train.Trainee`."""
+
+    def __init__(self, task: VaeTask, cache_bytes: int = 1 << 29) -> None:
+        self.config = task.config
+        self.clips = store.Manifest.load(task.clips_uri).read("clips").to_pylist()
+        self.sizes = [min(clip["num_frames"], self.config.crop_frames) for clip in self.clips]
+        self.model = VideoVAE(self.config.vae)
+        self._reader = ClipReader()
+        self._decoded: BoundedCache[int, Frames] = BoundedCache(cache_bytes, lambda video: video.nbytes)
+
+    def loss_function(self, model: nn.Module, batch: VaeBatch) -> Tensor:
+        """Absolute error summed over pixels and channels, plus the weighted divergence."""
+        device = next(model.parameters()).device
+        total = torch.zeros((), device=device)
+        for part, video in enumerate(batch.videos):
+            video = video.to(device)
+            reconstruction, posterior = model(video, keyed_generator(*batch.key, part))
+            total = total + (reconstruction - video).abs().sum()
+            total = total + self.config.kl_weight * posterior.kl().mean() * video.numel()
+        return total
+
+    def num_elements(self, pack: Pack) -> float:
+        """Pixels times channels of the pack's crops."""
+        crop = self.config.crop_px
+        return float(
+            sum(
+                3 * self.sizes[p] * min(self.clips[p]["height_px"], crop) * min(self.clips[p]["width_px"], crop)
+                for p in pack
+            )
+        )
+
+    def sample_ids(self, pack: Pack) -> tuple[str, ...]:
+        """Clip ids."""
+        return tuple(self.clips[place]["clip_id"] for place in pack)
+
+    def load(self, step: int, pack: Pack) -> VaeBatch:
+        """Random crops, keyed by (seed, step, clip)."""
+        by_shape: dict[tuple[int, ...], list[Frames]] = defaultdict(list)
+        for place in pack:
+            key = (self.config.plan.seed, step, self.clips[place]["clip_id"])
+            crop = random_crop(self._read(place), self.config.crop_frames, self.config.crop_px, *key)
+            by_shape[crop.shape].append(crop)
+        key = (self.config.plan.seed, step, self.clips[pack[0]]["clip_id"])
+        return VaeBatch([to_video(np.stack(crops)) for crops in by_shape.values()], key)
+
+    def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
+        """Measure the latents' statistics and the PSNR on whole clips, and write the model folder."""
+        vae = VideoVAE(self.config.vae).eval()
+        vae.load_state_dict(averaged)
+        places = np.linspace(0, len(self.clips) - 1, min(len(self.clips), self.config.num_statistics_clips)).astype(int)
+        videos = [self._read(int(place)) for place in dict.fromkeys(places.tolist())]
+        means, stds = latent_statistics(vae, videos)
+        vae.with_latent_statistics(means, stds).save_pretrained(folder)
+        HashedWordEncoder(self.config.text).save_pretrained(folder)
+        num_parameters = sum(parameter.numel() for parameter in vae.parameters())
+        return {"psnr_db": mean_psnr_db(vae, videos), "num_parameters": num_parameters, "num_clips": len(self.clips)}
+
+    def _read(self, place: int) -> Frames:
+        clip = self.clips[place]
+        arguments = {name: clip[name] for name in ("start_s", "end_s", "fps", "height_px", "width_px", "num_frames")}
+        return self._decoded.get(place, lambda: self._reader.read(clip["source_uri"], **arguments).video_u8)
+
+
+def random_crop(video_u8: Frames, max_frames: int, max_px: int, *key: int | str) -> Frames:
+    """A crop of t h w c video at a place that the key decides."""
+    num_frames, height_px, width_px, _ = video_u8.shape
+    t, h, w = min(num_frames, max_frames), min(height_px, max_px), min(width_px, max_px)
+    free = torch.tensor([num_frames - t + 1, height_px - h + 1, width_px - w + 1])
+    t0, y0, x0 = (torch.rand(3, generator=keyed_generator(*key, "crop")) * free).long().tolist()
+    return video_u8[t0 : t0 + t, y0 : y0 + h, x0 : x0 + w]
+
+
+def to_video(videos_u8: Frames) -> Tensor:
+    """b t h w c uint8 -> b c t h w in [-1, 1]."""
+    return rearrange(torch.from_numpy(videos_u8).float() / 127.5 - 1, "b t h w c -> b c t h w").contiguous()
+
+
+@torch.no_grad()
+def latent_statistics(vae: VideoVAE, videos_u8: Sequence[Frames]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each raw latent channel over all places of the videos."""
+    raw = [vae.encode(video).raw_mean for video in _each(videos_u8)]
+    values = torch.cat([rearrange(latents, "1 c t h w -> c (t h w)") for latents in raw], dim=1).double()
+    return values.mean(dim=1).tolist(), values.std(dim=1).clamp_min(1e-6).tolist()
+
+
+@torch.no_grad()
+def mean_psnr_db(vae: VideoVAE, videos_u8: Sequence[Frames]) -> float:
+    """Peak signal-to-noise ratio of the reconstructions, mean over videos."""
+    values = []
+    for video in _each(videos_u8):
+        error = (vae.decode(vae.encode(video).mean) - video).square().mean().item() / 4  # the peak is 2
+        values.append(-10 * math.log10(max(error, 1e-10)))
+    return sum(values) / len(values)
+
+
+def _each(videos_u8: Sequence[Frames]) -> Iterator[Tensor]:
+    for video_u8 in videos_u8:
+        yield to_video(video_u8[None])

@@ -1,0 +1,139 @@
+"""Train the video diffusion transformer on LATENTS; the result is a whole model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pipeline import store
+from pipeline.feed import LatentDataset
+from pipeline.plan import Pack, PlanConfig
+from pipeline.train import WorkersConfig, train
+from video_dit import weights
+from video_dit.diffusion.losses import FlowBatch, FlowConfig, flow_batch, flow_loss
+from video_dit.generator import save_pipeline_parts
+from video_dit.model import VideoDiT, VideoDiTConfig
+from video_dit.text import load_text_encoder
+from video_dit.training import OptimizerConfig
+from video_dit.vae import VideoVAE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainVideoConfig:
+    """A training run of the transformer.
+
+    Attributes:
+        dit: sizes.
+        flow: noise levels and caption dropout.
+        plan: token budget and batch; `quadratic_tokens` is best 2 d + ffn_dim.
+        optimizer: learning rate and length.
+    """
+
+    dit: VideoDiTConfig = dataclasses.field(default_factory=VideoDiTConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+def train_video(
+    config: TrainVideoConfig, workers: WorkersConfig, latents: store.Manifest, storage: str, name: str = "video"
+) -> store.Manifest:
+    """Train, or return the run that the same call finished before.
+
+    Args:
+        config: decides the result.
+        workers: resources; do not.
+        latents: what `encode` published; names the model folder with the VAE it was made with.
+        storage: root of all results; a file system that all workers share.
+        name: of the run.
+    """
+    task = VideoTask(
+        latents_uri=latents.uri, dit=config.dit, flow=config.flow, plan=config.plan, optimizer=config.optimizer
+    )
+    return store.publish_once(
+        storage,
+        "train_video",
+        name,
+        dataclasses.asdict(config),
+        [latents],
+        lambda folder: train(task, workers, folder, "video transformer"),
+    )
+
+
+def encoder_folder(latents: store.Manifest) -> str:
+    """The model folder whose VAE and text encoder made the latents."""
+    _, model = latents.parents
+    return store.join(model["uri"], latents.config["model"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoTask:
+    """See `pipeline.train.Task`."""
+
+    latents_uri: str
+    dit: VideoDiTConfig
+    flow: FlowConfig
+    plan: PlanConfig
+    optimizer: OptimizerConfig
+
+    def build(self) -> VideoTrainee:
+        """Open the latents and make the transformer."""
+        return VideoTrainee(self)
+
+
+class VideoTrainee:
+    """See `pipeline.train.Trainee`."""
+
+    def __init__(self, task: VideoTask) -> None:
+        manifest = store.Manifest.load(task.latents_uri)
+        self.task = task
+        self.encoder_folder = encoder_folder(manifest)
+        self.data = LatentDataset(manifest)
+        self.text = load_text_encoder(self.encoder_folder)
+        self._check()
+        self.sizes = self.data.num_tokens(task.dit.patch)
+        self.model = VideoDiT(task.dit)
+        self.loss_function = flow_loss
+        self.empty_text = self.text([""])[0]
+
+    def _check(self) -> None:
+        channels = self.data[0].latents.shape[0]
+        for name, value, found in (
+            ("dit.in_channels", self.task.dit.in_channels, channels),
+            ("dit.out_channels", self.task.dit.out_channels, channels),
+            ("dit.text_dim", self.task.dit.text_dim, self.text.dim),
+        ):
+            if value != found:
+                raise ValueError(f"{name}={value}, but the encoded clips have {found}: set {name} to {found}")
+
+    def num_elements(self, pack: Pack) -> float:
+        """Tokens of the pack."""
+        return float(sum(self.sizes[place] for place in pack))
+
+    def sample_ids(self, pack: Pack) -> tuple[str, ...]:
+        """Clip ids."""
+        return tuple(self.data.clip_ids[place] for place in pack)
+
+    def load(self, step: int, pack: Pack) -> FlowBatch:
+        """Noised latents; noise is keyed by (seed, step, clip)."""
+        samples = [self.data[place] for place in pack]
+        return flow_batch(
+            latents=[sample.latents for sample in samples],
+            texts=[sample.text for sample in samples],
+            empty_text=self.empty_text,
+            keys=[(self.task.plan.seed, step, sample.clip_id) for sample in samples],
+            config=self.task.flow,
+            patch=self.task.dit.patch,
+        )
+
+    def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
+        """A whole model folder: transformer, VAE, text encoder and schedule."""
+        with torch.device("meta"):
+            shell = VideoDiT(self.task.dit)
+        weights.save_model(shell, folder, "transformer", state=averaged)
+        VideoVAE.from_pretrained(self.encoder_folder).save_pretrained(folder)
+        save_pipeline_parts(folder, self.text, shift=self.task.flow.shift, fps=self.data.fps)
+        num_parameters = sum(value.numel() for value in averaged.values())
+        return {"num_parameters": num_parameters, "num_samples": len(self.data)}

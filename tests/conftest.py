@@ -1,0 +1,20 @@
+"""One small local Ray cluster for the tests that need one, isolated from the user's home and cluster."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """A local Ray cluster of four logical CPUs without dashboard; shared by the whole session."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # ray.init would turn tokens on for this process and write into HOME
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    from pipeline import cluster
+
+    cluster.connect(num_cpus=4, address="local", include_dashboard=False)
+    yield ray
+    ray.shutdown()

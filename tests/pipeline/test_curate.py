@@ -1,0 +1,95 @@
+"""Curate on a local cluster: conservation, identity, rejects."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import media
+from pipeline.curate import CurateConfig, curate
+from pipeline.errors import SourceError, TooManyRejectsError
+from tests.pipeline.test_decode import audio_only, moving, png_bytes
+
+CONFIG = CurateConfig(num_actors=2, timeout_s=10.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven files: three good ones, a copy, and three of no use."""
+    source = tmp_path_factory.mktemp("curate") / "videos"
+    source.mkdir()
+    (source / "a_red_car.mp4").write_bytes(media.encode_mp4(moving(45), 8))
+    shutil.copy(source / "a_red_car.mp4", source / "copy.mp4")
+    (source / "b.mp4").write_bytes(media.encode_mp4(moving(17, 48, 96), 8))
+    (source / "b.txt").write_text("a ramp")
+    (source / "c.png").write_bytes(png_bytes())
+    (source / "short.mp4").write_bytes(media.encode_mp4(moving(5), 8))
+    (source / "text.mp4").write_text("hello")
+    audio_only(source / "audio.mp4")
+    return source
+
+
+@pytest.fixture(scope="module")
+def made(ray_cluster, folder):
+    return curate(CONFIG, str(folder), str(folder.parent / "out"))
+
+
+def test_every_source_becomes_clips_or_rejects(made):
+    clips, rejects = made.read("clips").to_pylist(), made.read("rejects").to_pylist()
+    assert made.counts == {"sources": 7, "clips": 4, "rejects": 5}
+    assert (len(clips), len(rejects)) == (4, 5)
+    shapes = [(clip["num_frames"], clip["height_px"], clip["width_px"], clip["fps"]) for clip in clips]
+    assert shapes == [(33, 64, 64, 8.0), (9, 64, 64, 8.0), (17, 48, 96, 8.0), (1, 64, 64, 8.0)]
+    assert [clip["caption"] for clip in clips] == ["a red car", "a red car", "a ramp", "c"]
+    assert [clip["lineage"]["caption_source"] for clip in clips] == ["filename", "filename", "sidecar", "filename"]
+    reasons = {Path(reject["what"]).name: reject["reason"] for reject in rejects if reject["reason"] != "duplicate"}
+    assert reasons == {"audio.mp4": "not_video", "short.mp4": "too_short", "text.mp4": "unreadable"}
+    copies = [reject for reject in rejects if reject["reason"] == "duplicate"]
+    assert [reject["what"] for reject in copies] == [clip["clip_id"] for clip in clips[:2]]
+    assert all("copy.mp4" in reject["detail"] for reject in copies)
+    report = json.loads(Path(made.uri, "report.json").read_text())
+    assert (report["rejects_duplicate"], report["clip_frames"]) == (2, 60)
+
+
+def test_the_same_call_is_a_lookup_and_another_place_gives_the_same_files(made, folder, tmp_path):
+    published_ns = Path(made.uri, "manifest.json").stat().st_mtime_ns
+    assert curate(CONFIG, str(folder), str(folder.parent / "out")) == made
+    assert Path(made.uri, "manifest.json").stat().st_mtime_ns == published_ns
+    alone = curate(dataclasses.replace(CONFIG, num_actors=1), str(folder), str(tmp_path))
+    assert (alone.hash, alone.files) == (made.hash, made.files)
+
+
+def test_too_many_rejects_publish_nothing(ray_cluster, folder, tmp_path):
+    manifest = tmp_path / "list.jsonl"
+    rows = [{"video": str(folder / "b.mp4")}, {"caption": "no file"}, {"video": "missing.mp4"}]
+    manifest.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(TooManyRejectsError, match=r"2 of 3 rows gave nothing \(bad_row 1, unreadable 1\)"):
+        curate(CONFIG, str(manifest), str(tmp_path / "out"))
+    (unpublished,) = (tmp_path / "out" / "curate").iterdir()
+    assert not (unpublished / "manifest.json").exists()
+    assert [path.suffix for path in (unpublished / "rejects").iterdir()] == [".parquet"]
+
+
+def test_no_source_is_an_error_before_the_cluster(tmp_path):
+    with pytest.raises(SourceError):
+        curate(CONFIG, str(tmp_path / "none"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fps": 0.0},
+        {"max_frames": 32},
+        {"min_frames": 34},
+        {"max_side_px": 8},
+        {"caption_fallback": "guess"},
+        {"max_reject_fraction": 2.0},
+        {"num_actors": 0},
+        {"rows_per_shard": 0},
+    ],
+)
+def test_config_names_field_value_and_rule(wrong):
+    with pytest.raises(ValueError, match="must"):
+        CurateConfig(**wrong)

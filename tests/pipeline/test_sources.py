@@ -1,0 +1,116 @@
+"""Sources: what is found, in which order, with which captions, and what is said when it is not usable."""
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.sources import list_sources, source_hash
+
+
+def touch(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_folder_is_recursive_sorted_and_reads_sidecars(tmp_path):
+    late = touch(tmp_path / "sub" / "late.MOV")
+    first = touch(tmp_path / "a.mp4")
+    picture = touch(tmp_path / "b.png")
+    touch(tmp_path / "a.txt", b" a red circle\n")
+    touch(tmp_path / "b.json", json.dumps({"text": "a still"}).encode())
+    touch(tmp_path / "._a.mp4")
+    touch(tmp_path / "notes.md")
+    rows = list_sources(str(tmp_path))
+    assert [row.source_uri for row in rows] == [first, picture, late]
+    assert [row.caption for row in rows] == ["a red circle", "a still", None]
+    assert [row.caption_source for row in rows] == ["sidecar", "sidecar", None]
+
+
+def test_a_single_file_is_a_source(tmp_path):
+    path = touch(tmp_path / "one.webm")
+    assert [row.source_uri for row in list_sources(path)] == [path]
+
+
+def test_a_broken_sidecar_is_the_rows_problem(tmp_path):
+    touch(tmp_path / "a.mp4")
+    touch(tmp_path / "a.json", b"{")
+    touch(tmp_path / "b.mp4")
+    touch(tmp_path / "b.json", b"[]")
+    problems = [row.problem for row in list_sources(str(tmp_path))]
+    assert "cannot be read" in problems[0]
+    assert "holds a list" in problems[1]
+
+
+ROWS = [
+    {"path": "clips/a.mp4", "text": "one", "start_s": 1.0, "end_s": 2.5},
+    {"path": None, "text": "nowhere", "start_s": None, "end_s": None},
+    {"path": "/elsewhere/b.mp4", "text": "", "start_s": None, "end_s": None},
+]
+
+
+def write_jsonl(folder):
+    (folder / "m.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n")
+    return folder / "m.jsonl"
+
+
+def write_csv(folder):
+    lines = ["path,text,start_s,end_s", "clips/a.mp4,one,1.0,2.5", ",nowhere,,", "/elsewhere/b.mp4,,,"]
+    (folder / "m.csv").write_text("\n".join(lines) + "\n")
+    return folder / "m.csv"
+
+
+def write_parquet(folder):
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "m.parquet")
+    return folder / "m.parquet"
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_the_three_manifests_say_the_same(tmp_path, write):
+    path = write(tmp_path)
+    good, bad, bare = list_sources(str(path))
+    assert good.source_uri == f"{tmp_path}/clips/a.mp4"
+    assert (good.caption, good.caption_source, good.start_s, good.end_s) == ("one", "manifest", 1.0, 2.5)
+    assert bad.source_uri == f"{path}#2"
+    assert "names no file" in bad.problem
+    assert (bare.source_uri, bare.caption, bare.problem) == ("/elsewhere/b.mp4", None, None)
+
+
+def test_bad_lines_of_a_manifest_are_rows_with_a_problem(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        '{"video": "a.mp4", "start_s": "soon"}\n{broken\n7\n{"video": "a.mp4", "cap": ["first", "second"]}\n'
+    )
+    late, broken, number, good = list_sources(str(path))
+    assert "start_s or end_s" in late.problem
+    assert "not JSON" in broken.problem
+    assert "a int" in number.problem
+    assert good.caption == "first"
+
+
+def test_errors_tell_what_was_found(tmp_path):
+    with pytest.raises(SourceError, match="is not there"):
+        list_sources(str(tmp_path / "missing"))
+    touch(tmp_path / "docs" / "readme.md")
+    with pytest.raises(SourceError, match=r"found: \.md"):
+        list_sources(str(tmp_path / "docs"))
+    (tmp_path / "m.csv").write_text("name,words\nx,y\n")
+    with pytest.raises(SourceError, match=r"'name', 'words'"):
+        list_sources(str(tmp_path / "m.csv"))
+    with pytest.raises(SourceError, match="cannot be opened"):
+        list_sources("nosuchscheme://x")
+
+
+def test_the_hash_follows_files_and_captions(tmp_path):
+    path = touch(tmp_path / "a.mp4")
+    before = source_hash(list_sources(str(tmp_path)))
+    assert source_hash(list_sources(str(tmp_path))) == before
+    touch(tmp_path / "a.txt", b"words")
+    captioned = source_hash(list_sources(str(tmp_path)))
+    os.utime(path, (1, 1))
+    touched = source_hash(list_sources(str(tmp_path)))
+    assert len({before, captioned, touched}) == 3

@@ -1,0 +1,129 @@
+"""FSDP2 over gloo processes on the CPU: many processes compute what one does, and checkpoints move between them."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from video_dit.diffusion.losses import FlowConfig, flow_batch, flow_loss
+from video_dit.model import VideoDiT, VideoDiTConfig
+from video_dit.parallel.apply import parallelize
+from video_dit.parallel.checkpoint import (
+    is_complete,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from video_dit.parallel.world import DistributedWorld
+from video_dit.shapes import Stride
+from video_dit.training import MicroBatch, OptimizerConfig, SingleProcess, TrainState, train_step
+
+SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+PATCH = Stride(1, 2, 2)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, num_steps=12)
+
+
+def new_state(mesh=None):
+    torch.manual_seed(0)
+    model = VideoDiT(VideoDiTConfig(**SIZES))
+    return TrainState(parallelize(model, mesh) if mesh else model, OPTIMIZER)
+
+
+def packs_of_step(step):
+    """Three packs of mixed shapes: with two ranks one of them idles in the second round."""
+    packs = []
+    for number in range(3):
+        generator = torch.Generator().manual_seed(100 * step + number)
+        shapes = [(4, 1, 4, 4), (4, 2, 2, 6), (4, 3, 4, 2)][: number + 1]
+        latents = [torch.randn(shape, generator=generator) for shape in shapes]
+        texts = [torch.randn(3 + place, 8, generator=generator) for place in range(len(shapes))]
+        keys = [(0, step, f"{number}-{place}") for place in range(len(shapes))]
+        packs.append(flow_batch(latents, texts, torch.zeros(1, 8), keys, FlowConfig(), PATCH))
+    return packs
+
+
+def run_steps(state, world, until):
+    losses = []
+    while state.step < until:
+        packs = packs_of_step(state.step)
+        num_tokens = sum(batch.packed.num_tokens for batch in packs)
+        rounds = -(-len(packs) // world.size)
+        mine = []
+        for place in range(world.rank, rounds * world.size, world.size):
+            weight = 1.0 if place < len(packs) else 0.0
+            mine.append(MicroBatch(inputs=packs[place % len(packs)], weight=weight, sample_ids=()))
+        losses.append(train_step(state, mine, flow_loss, num_tokens, world)["loss"])
+    return losses
+
+
+def worker(rank, size, port, folder, resume, queue):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    world = DistributedWorld("cpu")
+    state = new_state(world.mesh)
+    if resume:
+        load_checkpoint(latest_checkpoint(folder), state)
+    losses = run_steps(state, world, 6 if not resume else 12)
+    save_checkpoint(folder, state, world)
+    averaged = world.gather_state(state.ema)
+    if rank == 0:
+        queue.put((losses, {name: value.numpy() for name, value in averaged.items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(size, folder, resume=False):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(worker, args=(size, port, folder, resume, queue), nprocs=size, join=False)
+    losses, averaged = queue.get()
+    context.join()
+    return losses, {name: torch.from_numpy(value) for name, value in averaged.items()}
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Losses and averaged weights of one plain process, no sharding anywhere."""
+    state = new_state()
+    return run_steps(state, SingleProcess(), 12), state.ema
+
+
+@pytest.mark.parametrize(("first_size", "second_size"), [(2, 1), (1, 2)])
+def test_processes_and_a_resume_on_another_number_of_them_change_nothing(single, tmp_path, first_size, second_size):
+    losses, averaged = single
+    first_losses, _ = launch(first_size, tmp_path)
+    assert first_losses == pytest.approx(losses[:6], abs=1e-5)
+    second_losses, second_averaged = launch(second_size, tmp_path, resume=True)
+    assert second_losses == pytest.approx(losses[6:], abs=1e-5)
+    for name, value in averaged.items():
+        assert torch.allclose(second_averaged[name], value, atol=1e-4), name
+
+
+def test_only_complete_checkpoints_exist(tmp_path):
+    for step, complete in ((5, True), (10, True), (15, False), (20, True)):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        (folder / "data").write_bytes(b"12345")
+        if complete:
+            (folder / "manifest.json").write_text('{"step": 0, "files": {"data": 5}}')
+    (tmp_path / "step-25.partial").mkdir()
+    (tmp_path / "step-20" / "data").write_bytes(b"123")  # cut short
+    assert not is_complete(tmp_path / "step-20")
+    assert latest_checkpoint(tmp_path).name == "step-10"
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
+    assert latest_checkpoint(tmp_path / "nowhere") is None

@@ -1,0 +1,99 @@
+"""The training step against closed forms and plain PyTorch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from video_dit.training import MicroBatch, NotFiniteError, OptimizerConfig, SingleProcess, TrainState, train_step
+
+
+def squared_error(model, inputs):
+    x, y = inputs
+    return (model(x) - y).square().sum()
+
+
+def random_problem(num_samples=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_samples, 3, generator=generator)
+    return nn.Linear(3, 2), x, torch.randn(num_samples, 2, generator=generator)
+
+
+def micro_batches(x, y, sizes):
+    return [
+        MicroBatch(inputs=(a, b), weight=1.0, sample_ids=(f"clip{i}",))
+        for i, (a, b) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True))
+    ]
+
+
+def test_accumulated_steps_equal_plain_adamw_on_the_whole_batch():
+    model, x, y = random_problem()
+    peer = copy.deepcopy(model)
+    config = OptimizerConfig(warmup_steps=2, num_steps=10, clip_norm=0.5, weight_decay=0.1)
+    state = TrainState(model, config)
+    optimizer = torch.optim.AdamW(
+        [{"params": [peer.weight], "weight_decay": 0.1}, {"params": [peer.bias], "weight_decay": 0.0}],
+        betas=(config.beta1, config.beta2),
+    )
+    for step in range(10):
+        metrics = train_step(state, micro_batches(x, y, [1, 4, 1]), squared_error, y.numel(), SingleProcess())
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate_at(step)
+        loss = (peer(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(peer.parameters(), 0.5)
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert torch.allclose(model.weight, peer.weight, atol=1e-6)
+    assert torch.allclose(model.bias, peer.bias, atol=1e-6)
+
+
+def test_weight_zero_adds_nothing():
+    model, x, y = random_problem()
+    twin = copy.deepcopy(model)
+    idle = MicroBatch(inputs=(x * 5, y), weight=0.0, sample_ids=())
+    config = OptimizerConfig()
+    train_step(TrainState(model, config), [*micro_batches(x, y, [6]), idle], squared_error, 12, SingleProcess())
+    train_step(TrainState(twin, config), micro_batches(x, y, [6]), squared_error, 12, SingleProcess())
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_average_follows_its_closed_form():
+    model, x, y = random_problem()
+    config = OptimizerConfig(ema_decay=0.6)
+    state = TrainState(model, config)
+    expected = model.weight.detach().clone()
+    for step in range(20):
+        train_step(state, micro_batches(x, y, [6]), squared_error, 12, SingleProcess())
+        keep = min(0.6, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * model.weight.detach()
+    assert torch.allclose(state.ema["weight"], expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=3, num_steps=103, final_fraction=0.1)
+    assert [config.rate_at(step) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert config.rate_at(53) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert config.rate_at(103) == pytest.approx(0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    model, x, y = random_problem()
+    before = model.weight.detach().clone()
+    y[2] = math.inf
+    with pytest.raises(NotFiniteError, match=r"step 0: loss=inf.*clip0, clip1"):
+        train_step(
+            TrainState(model, OptimizerConfig()), micro_batches(x, y, [3, 3]), squared_error, 12, SingleProcess()
+        )
+    assert torch.equal(model.weight, before)
+
+
+def test_config_names_the_field():
+    with pytest.raises(ValueError, match="learning_rate=0"):
+        OptimizerConfig(learning_rate=0)
+    with pytest.raises(ValueError, match=r"ema_decay=1\.5"):
+        OptimizerConfig(ema_decay=1.5)

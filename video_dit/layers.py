@@ -1,0 +1,110 @@
+"""Parts of the transformer: embeddings, modulation, attention layers. Norms and gates compute in float32."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from video_dit.attention import Segments, attend
+from video_dit.rope import rotate
+from video_dit.shapes import Stride
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate for each token, n d each, float32 (DiT, arXiv 2212.09748, adaLN-Zero)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, then scale and shift; n d."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Residual addition through a gate; n d."""
+    return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
+    """Sinusoids of the timesteps (DDPM, arXiv 2006.11239), cosines first.
+
+    Args:
+        timesteps: f, in [0, 1000].
+        dim: even width.
+
+    Returns:
+        f dim, float32.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device) / half)
+    angle = timesteps.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class PatchEmbedding(nn.Module):
+    """Linear embedding of patches; the weight has the shape of the convolution it equals."""
+
+    def __init__(self, channels: int, patch: Stride, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, channels, *patch))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.xavier_uniform_(self.weight.view(dim, -1) if not self.weight.is_meta else self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """n (c pt ph pw) -> n d."""
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sample's tokens to each other, with 3-D rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm_q = nn.RMSNorm(dim, eps=eps)  # across heads, as in Wan
+        self.norm_k = nn.RMSNorm(dim, eps=eps)
+        self.out = nn.Linear(dim, dim)
+        self.attend = attend  # the seam for context parallelism
+
+    def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
+        """n d -> n d; rotation n e/2."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # n d each
+        q, k, v = (split_heads(y, self.num_heads) for y in (self.norm_q(q), self.norm_k(k), v))  # n heads e
+        y = self.attend(rotate(q, rotation), rotate(k, rotation), v, segments)
+        return self.out(rearrange(y, "n heads e -> n (heads e)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a sample's tokens to its own text."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.norm_q = nn.RMSNorm(dim, eps=eps)
+        self.norm_k = nn.RMSNorm(dim, eps=eps)
+        self.out = nn.Linear(dim, dim)
+        self.attend = attend
+
+    def forward(self, x: Tensor, text: Tensor, segments: Segments) -> Tensor:
+        """n d, s d -> n d."""
+        q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # n heads e
+        k, v = self.kv(text).chunk(2, dim=-1)  # s d each
+        k, v = split_heads(self.norm_k(k), self.num_heads), split_heads(v, self.num_heads)  # s heads e
+        return self.out(rearrange(self.attend(q, k, v, segments), "n heads e -> n (heads e)"))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """n (heads e) -> n heads e."""
+    return rearrange(x, "n (heads e) -> n heads e", heads=num_heads)

@@ -1,0 +1,208 @@
+"""The video diffusion transformer: Wan 2.1 / 2.2's architecture, on packed sequences of mixed shapes.
+
+Differences from DiT (arXiv 2212.09748): text by cross-attention, 3-D rotary positions, one time projection shared
+by all blocks plus a learned table in each, and a timestep for every frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from video_dit import weights
+from video_dit.attention import Segments
+from video_dit.layers import (
+    CrossAttention,
+    Modulation,
+    PatchEmbedding,
+    SelfAttention,
+    gated,
+    modulate,
+    timestep_embedding,
+)
+from video_dit.packing import PackedBatch
+from video_dit.rope import rotations
+from video_dit.shapes import Stride, TokenGrid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoDiTConfig:
+    """Sizes of a transformer, under the names of diffusers' WanTransformer3DModel.
+
+    Attributes:
+        patch_size: latent frames, rows and columns in one token.
+        num_attention_heads, attention_head_dim: width d is their product.
+        in_channels, out_channels: channels of the latents.
+        text_dim: width of the text encoder's vectors.
+        freq_dim: width of the sinusoidal timestep embedding.
+        ffn_dim: hidden width of the MLP.
+        num_layers: blocks.
+        cross_attn_norm: whether cross-attention has a norm with weights in front.
+        qk_norm: only "rms_norm_across_heads".
+        eps: of all norms.
+        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning through CLIP; only None.
+        rope_max_seq_len: kept for the published configs; positions are computed for any length.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ValueError(
+                f"attention_head_dim={self.attention_head_dim}: must be even and at least 6 (pairs for t, h and w)"
+            )
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm={self.qk_norm!r}: only 'rms_norm_across_heads'")
+        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: CLIP image conditioning is not supported, must be null"
+                )
+        for name in ("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def dim(self) -> int:
+        """Model width d."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> Stride:
+        """The patch as a stride."""
+        return Stride(*self.patch_size)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text (ungated), MLP; the first and last modulated by the timestep."""
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        dim, heads, eps = config.dim, config.num_attention_heads, config.eps
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attention = SelfAttention(dim, heads, eps)
+        self.norm_cross = nn.LayerNorm(dim, eps=eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attention = CrossAttention(dim, heads, eps)
+        self.mlp = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        time: Tensor,
+        frame_of_token: Tensor,
+        rotation: Tensor,
+        self_segments: Segments,
+        cross_segments: Segments,
+    ) -> Tensor:
+        """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2 -> n d."""
+        table = (self.modulation.float() + time)[frame_of_token].unbind(1)  # six of n d
+        attention, mlp = Modulation(*table[:3]), Modulation(*table[3:])
+        y = modulate(x, attention.shift, attention.scale, self.eps)
+        x = gated(x, self.self_attention(y, rotation, self_segments), attention.gate)
+        x = x + self.cross_attention(self.norm_cross(x), text, cross_segments)
+        y = modulate(x, mlp.shift, mlp.scale, self.eps)
+        return gated(x, self.mlp(y), mlp.gate)
+
+
+class Head(nn.Module):
+    """Last norm, modulated by the timestep, and the projection back to patches."""
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.channels = config.out_channels
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        pt, ph, pw = config.patch
+        self.out = nn.Linear(config.dim, pt * ph * pw * config.out_channels)
+
+    def forward(self, x: Tensor, time: Tensor, frame_of_token: Tensor) -> Tensor:
+        """x n d, time f d -> n (c pt ph pw)."""
+        shift, scale = (self.modulation.float() + time[:, None])[frame_of_token].unbind(1)  # n d each
+        patches = self.out(modulate(x, shift, scale, self.eps))  # n (pt ph pw c)
+        return rearrange(patches, "n (p c) -> n (c p)", c=self.channels)
+
+
+class VideoDiT(nn.Module):
+    """Predicts a denoising target for every token of a pack; samples never see each other."""
+
+    published_class = "WanTransformer3DModel"
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_channels, config.patch, dim)
+        self.time_mlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_modulation = nn.Linear(dim, 6 * dim)
+        self.text_mlp = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self._rotations: dict[tuple[TokenGrid, torch.device], Tensor] = {}
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for mlp in (self.time_mlp, self.text_mlp):
+            for layer in (mlp[0], mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.out.weight)  # the first prediction is zero
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """Predict the target of every token.
+
+        Args:
+            packed: tokens n (c pt ph pw).
+
+        Returns:
+            n (c pt ph pw), in the layout of `packed.tokens`; `packed.unpack` gives latents.
+        """
+        embedding = timestep_embedding(packed.timesteps, self.config.freq_dim)  # f freq
+        time = self.time_mlp(embedding.to(packed.tokens.dtype)).float()  # f d
+        shared = rearrange(
+            self.time_modulation(nn.functional.silu(time).to(packed.tokens.dtype)).float(), "f (k d) -> f k d", k=6
+        )
+        text = self.text_mlp(packed.text)  # s d
+        rotation = self._rotation(packed)  # n e/2
+        x = self.patch_embedding(packed.tokens)  # n d
+        for block in self.blocks:
+            x = block(x, text, shared, packed.frame_of_token, rotation, packed.self_segments, packed.cross_segments)
+        return self.head(x, time, packed.frame_of_token)  # n (c pt ph pw)
+
+    def _rotation(self, packed: PackedBatch) -> Tensor:
+        device = packed.tokens.device
+        for grid in set(packed.grids):
+            if (grid, device) not in self._rotations:
+                self._rotations[grid, device] = rotations(grid, self.config.attention_head_dim).to(device)
+        return torch.cat([self._rotations[grid, device] for grid in packed.grids])
+
+    @classmethod
+    def from_pretrained(cls, url: str, subfolder: str = "transformer") -> VideoDiT:
+        """Load a model folder; see `weights.load_model` for the errors."""
+        return weights.load_model(cls, VideoDiTConfig, url, subfolder)
+
+    def save_pretrained(self, url: str, subfolder: str = "transformer") -> None:
+        """Write a model folder that diffusers reads."""
+        weights.save_model(self, url, subfolder)

@@ -1,0 +1,166 @@
+"""Clips of any resolution, aspect and duration, and images, as one packed sequence of tokens (NaViT, arXiv 2307.06304).
+
+Samples lie one behind the other without padding. Each latent frame has its own timestep, so a frame given as a
+condition (timestep 0) stays clean; modulation is computed once per frame and gathered by its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from video_dit.attention import Segments
+from video_dit.shapes import LatentShape, Stride, TokenGrid
+
+WAN_PATCH = Stride(1, 2, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Samples packed into one sequence.
+
+    Attributes:
+        tokens: n (c pt ph pw), the patches of all samples.
+        timesteps: f, in [0, 1000], one for each frame of tokens of each sample.
+        text: s d, the samples' text tokens.
+        frame_of_token: n, row of `timesteps` that each token belongs to.
+        grids: token grid of each sample, in packed order.
+        text_lengths: text tokens of each sample, in packed order.
+        order: place of each packed sample in the caller's list.
+        patch: latent frames, rows and columns in one token.
+        self_segments: which tokens see which tokens.
+        cross_segments: which tokens see which text.
+    """
+
+    tokens: Tensor
+    timesteps: Tensor
+    text: Tensor
+    frame_of_token: Tensor
+    grids: tuple[TokenGrid, ...]
+    text_lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    patch: Stride
+    self_segments: Segments
+    cross_segments: Segments
+
+    @property
+    def num_tokens(self) -> int:
+        """Video tokens in the pack."""
+        return self.tokens.shape[0]
+
+    def replace(self, *, tokens: Tensor, timesteps: Tensor) -> PackedBatch:
+        """The same samples at another noise level; shapes as before."""
+        return dataclasses.replace(self, tokens=tokens, timesteps=timesteps)
+
+    def with_texts(self, texts: Sequence[Tensor]) -> PackedBatch:
+        """The same samples, in the same places, with other texts (in the order of the caller's list)."""
+        packed_texts = [texts[place] for place in self.order]
+        text_lengths = tuple(text.shape[0] for text in packed_texts)
+        return dataclasses.replace(
+            self,
+            text=torch.cat(packed_texts).to(self.text),
+            text_lengths=text_lengths,
+            cross_segments=Segments.of([grid.num_tokens for grid in self.grids], text_lengths),
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same pack on another device."""
+        names = ("tokens", "timesteps", "text", "frame_of_token")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def unpack(self, tokens: Tensor) -> list[Tensor]:
+        """Tokens n (c pt ph pw) back to latents (c, t, h, w), in the order they were given to `pack`."""
+        latents: list[Tensor] = [tokens] * len(self.grids)
+        parts = tokens.split([grid.num_tokens for grid in self.grids])
+        for place, part, grid in zip(self.order, parts, self.grids, strict=True):
+            latents[place] = unpatchify(part, grid, self.patch)
+        return latents
+
+
+def patchify(latents: Tensor, patch: Stride) -> Tensor:
+    """c t h w -> n (c pt ph pw), tokens in t h w order."""
+    pt, ph, pw = patch
+    return rearrange(latents, "c (t pt) (h ph) (w pw) -> (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(tokens: Tensor, grid: TokenGrid, patch: Stride) -> Tensor:
+    """n (c pt ph pw) -> c t h w."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(tokens, "(t h w) (c pt ph pw) -> c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+def pack(
+    latents: Sequence[Tensor],
+    timesteps: Sequence[float | Tensor],
+    texts: Sequence[Tensor],
+    patch: Stride = WAN_PATCH,
+) -> PackedBatch:
+    """Pack samples into one sequence.
+
+    Args:
+        latents: (c, t, h, w) each, any sizes, the same c.
+        timesteps: in [0, 1000]; a number, or one for each frame of tokens, (t / patch.t,).
+        texts: (s, d) each, s >= 1.
+        patch: latent frames, rows and columns in one token.
+
+    Raises:
+        ValueError: nothing to pack, lists of different lengths, or a side that is not a multiple of the patch.
+    """
+    if not latents:
+        raise ValueError("pack needs at least one sample")
+    if not len(latents) == len(timesteps) == len(texts):
+        raise ValueError(
+            f"{len(latents)} latents, {len(timesteps)} timesteps and {len(texts)} texts: give as many of each"
+        )
+    grids = [LatentShape(*sample.shape[1:]).grid(patch) for sample in latents]
+    # Equal shapes side by side, so that attention runs them as one batch.
+    order = sorted(range(len(latents)), key=lambda i: (grids[i], texts[i].shape[0]))
+    grids = [grids[i] for i in order]
+    text_lengths = [texts[i].shape[0] for i in order]
+    lengths = [grid.num_tokens for grid in grids]
+    device = latents[0].device
+    tokens_per_frame = torch.tensor([grid.h * grid.w for grid in grids for _ in range(grid.t)])
+    return PackedBatch(
+        tokens=torch.cat([patchify(latents[i], patch) for i in order]),
+        timesteps=torch.cat(
+            [_frame_timesteps(timesteps[i], grid, device) for i, grid in zip(order, grids, strict=True)]
+        ),
+        text=torch.cat([texts[i] for i in order]),
+        frame_of_token=torch.repeat_interleave(tokens_per_frame).to(device),
+        grids=tuple(grids),
+        text_lengths=tuple(text_lengths),
+        order=tuple(order),
+        patch=patch,
+        self_segments=Segments.of(lengths, lengths),
+        cross_segments=Segments.of(lengths, text_lengths),
+    )
+
+
+def _frame_timesteps(timestep: float | Tensor, grid: TokenGrid, device: torch.device) -> Tensor:
+    values = torch.as_tensor(timestep, dtype=torch.float32, device=device)
+    if values.ndim and values.shape != (grid.t,):
+        raise ValueError(f"timesteps of shape {tuple(values.shape)} for a sample of {grid.t} frames of tokens")
+    return values.expand(grid.t)
+
+
+def concatenate(first: PackedBatch, second: PackedBatch) -> PackedBatch:
+    """Two packs as one, the samples of the second behind those of the first."""
+    grids = first.grids + second.grids
+    text_lengths = first.text_lengths + second.text_lengths
+    lengths = [grid.num_tokens for grid in grids]
+    return PackedBatch(
+        tokens=torch.cat([first.tokens, second.tokens]),
+        timesteps=torch.cat([first.timesteps, second.timesteps]),
+        text=torch.cat([first.text, second.text]),
+        frame_of_token=torch.cat([first.frame_of_token, second.frame_of_token + first.timesteps.shape[0]]),
+        grids=grids,
+        text_lengths=text_lengths,
+        order=first.order + tuple(place + len(first.grids) for place in second.order),
+        patch=first.patch,
+        self_segments=Segments.of(lengths, lengths),
+        cross_segments=Segments.of(lengths, text_lengths),
+    )

@@ -1,0 +1,41 @@
+"""The processes that train together, through torch.distributed."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+
+class DistributedWorld:
+    """All processes of the default group, which somebody (Ray Train, torchrun, a test) has set up.
+
+    Attributes:
+        rank, size: of this process.
+        mesh: one axis, "shard", over all processes.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.mesh: DeviceMesh = init_device_mesh(device_type, (self.size,), mesh_dim_names=("shard",))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The value added up over all processes."""
+        value = value.to(self.mesh.device_type)
+        dist.all_reduce(value)
+        return value.cpu()
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A sharded tensor gathered on every process; a plain one as it is."""
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.all_reduce(torch.zeros((), device=self.mesh.device_type))
+
+    def gather_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A sharded state dict as plain CPU tensors; every process must call it."""
+        return {name: self.whole(value).cpu() for name, value in state.items()}

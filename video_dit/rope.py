@@ -1,0 +1,50 @@
+"""Rotary positions in three dimensions (RoFormer, arXiv 2104.09864; axes split as in Wan 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from video_dit.shapes import TokenGrid
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's dimensions turn with t, h and w; 128 gives 44, 42, 42."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rotations(grid: TokenGrid, head_dim: int, theta: float = 1e4) -> Tensor:
+    """Unit complex numbers that turn each pair of a head's dimensions by its token's place.
+
+    Returns:
+        complex64, n e/2, tokens in t h w order; computed in float64.
+    """
+    turns = []
+    for length, dim in zip(grid, axis_dims(head_dim), strict=True):
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        turns.append(torch.polar(torch.ones_like(angle), angle))
+    t, h, w = grid
+    turn = torch.cat(
+        [
+            repeat(turns[0], "t e -> t h w e", h=h, w=w),
+            repeat(turns[1], "h e -> t h w e", t=t, w=w),
+            repeat(turns[2], "w e -> t h w e", t=t, h=h),
+        ],
+        dim=-1,
+    )
+    return rearrange(turn, "t h w e -> (t h w) e").to(torch.complex64)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the (even, odd) pairs of x.
+
+    Args:
+        x: n heads e.
+        rotation: complex, n e/2.
+    """
+    pairs = torch.view_as_complex(rearrange(x.float(), "n heads (e pair) -> n heads e pair", pair=2))
+    turned = torch.view_as_real(pairs * rotation[:, None])
+    return rearrange(turned, "n heads e pair -> n heads (e pair)").to(x.dtype)

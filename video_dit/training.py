@@ -1,0 +1,192 @@
+"""One training step and its state, the same in a test, under torchrun and on Ray.
+
+Nothing here knows about processes: a `World` sums over them. There is no random state and no scheduler state, so a
+checkpoint is the weights, their average, the optimizer's moments and the number of steps done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class World(Protocol):
+    """The processes that train together."""
+
+    rank: int
+    size: int
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The value added up over all processes."""
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A tensor that may be sharded over the processes, as a plain one."""
+
+
+class SingleProcess:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with warm-up, cosine decay, clipping and an average of the weights.
+
+    Attributes:
+        learning_rate: at its highest, after the warm-up.
+        final_fraction: of the learning rate that is left at the last step.
+        warmup_steps: linear warm-up.
+        num_steps: steps in all; the decay ends there.
+        weight_decay: on matrices and convolutions; never on biases, norms and tables.
+        beta1, beta2: of the moments.
+        clip_norm: the gradient's largest norm.
+        ema_decay: of the average, reached gradually: min(ema_decay, (1 + step) / (10 + step)).
+    """
+
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.05
+    warmup_steps: int = 50
+    num_steps: int = 1000
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "num_steps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        for name in ("final_fraction", "beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., num_steps - 1."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the average after step 0, 1, ...; small first, so that the start is soon forgotten."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+
+class TrainState:
+    """Model, average of its weights, optimizer and the number of steps done.
+
+    Attributes:
+        model: already sharded if it is to be.
+        ema: averaged parameters and buffers by name, sharded like the model's.
+        optimizer: AdamW.
+        step: steps done.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self.model = model
+        self.config = config
+        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        decayed = [p for p in model.parameters() if p.ndim >= 2 and p.shape[0] > 1]
+        others = [p for p in model.parameters() if not (p.ndim >= 2 and p.shape[0] > 1)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.step = 0
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the average towards the weights."""
+        keep = self.config.ema_decay_at(self.step)
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                _local(self.ema[name]).lerp_(_local(value), 1 - keep)
+
+
+def _local(value: Tensor) -> Tensor:
+    """This process's shard; of a plain tensor, itself."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass takes.
+
+    Attributes:
+        inputs: whatever the loss function takes.
+        weight: 1, or 0 for a pass that only keeps a rank in step with the others.
+        sample_ids: for error messages.
+    """
+
+    inputs: Any
+    weight: float
+    sample_ids: tuple[str, ...]
+
+
+LossFunction = Callable[[nn.Module, Any], Tensor]  # the sum of the loss over the micro-batch's elements
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or the gradient of a step is not finite; the weights were not touched."""
+
+
+def train_step(
+    state: TrainState,
+    micro_batches: Sequence[MicroBatch],
+    loss_function: LossFunction,
+    num_elements: float,
+    world: World,
+) -> dict[str, float]:
+    """One update from all micro-batches of all processes.
+
+    Args:
+        state: changed in place.
+        micro_batches: this process's share, as many in every process.
+        loss_function: (model, inputs) -> loss summed over elements (tokens, pixels).
+        num_elements: of the whole step, over all processes: the loss is the mean over them.
+        world: the processes.
+
+    Returns:
+        loss, grad_norm and lr of the step.
+
+    Raises:
+        NotFiniteError: before the update, naming the step and this process's samples.
+    """
+    rate = state.config.rate_at(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        loss = loss_function(state.model, batch.inputs) * (batch.weight / num_elements)
+        (loss * world.size).backward()  # sharded gradients are averaged over processes; the sum is wanted
+        total += loss.detach().double().cpu()
+    loss_value = float(world.sum(total))
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_norm)
+    norm_value = float(world.whole(grad_norm))
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        ids = ", ".join(name for batch in micro_batches for name in batch.sample_ids)
+        raise NotFiniteError(f"step {state.step}: loss={loss_value}, grad_norm={norm_value}; samples: {ids}")
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.update_ema()
+    state.step += 1
+    return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}

@@ -1,0 +1,363 @@
+"""VideoVAE: causal video autoencoder, whole or chunk by chunk with the same numbers.
+
+The architecture and the names of the weights are those of Wan 2.1 (arXiv 2503.20314) and, with `is_residual` and pixel
+patches, of Wan 2.2, as published in diffusers' `AutoencoderKLWan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from video_dit.shapes import Stride, VideoShape
+from video_dit.vae_layers import (
+    Cache,
+    CausalConv3d,
+    Downsample,
+    MidBlock,
+    ResidualDownBlock,
+    ResidualUpBlock,
+    RMSNorm,
+    UpBlock,
+    residual_blocks,
+)
+from video_dit.weights import load_model, save_model
+
+# Wan 2.1's latents over its training set, channel by channel.
+WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoVAEConfig:
+    """Size and form of a VideoVAE, in the words of diffusers' config.json. The defaults are Wan 2.1's.
+
+    Attributes:
+        base_dim: channels of the encoder's finest stage.
+        decoder_base_dim: the decoder's; None for the encoder's.
+        z_dim: channels of the latents.
+        dim_mult: each stage's channels in units of the base, finest first.
+        num_res_blocks: residual blocks an encoder stage; the decoder has one more.
+        attn_scales: always empty; attention stands in the middle block only.
+        temperal_downsample: whether time is halved after each stage but the last.
+        dropout: probability inside the residual blocks.
+        latents_mean: mean of each channel of the raw latents, by which they are normalised.
+        latents_std: standard deviation of each channel of the raw latents.
+        is_residual: Wan 2.2's form, with parameter-free shortcuts around the stages.
+        in_channels: channels of the encoder's input: 3 * patch_size**2.
+        out_channels: the same for the decoder's output.
+        patch_size: pixels a side that are moved into channels; None for 1.
+        scale_factor_temporal: stride in frames that follows from the above.
+        scale_factor_spatial: stride in pixels that follows from the above.
+
+    Raises:
+        ValueError: naming the field, its value and the rule it breaks.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = WAN_MEAN
+    latents_std: tuple[float, ...] = WAN_STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+    def __post_init__(self) -> None:
+        patch, stride = self.patch_size or 1, self.stride
+        for name in ("base_dim", "decoder_dim", "z_dim", "num_res_blocks"):
+            self._check(name, getattr(self, name) >= 1, "is at least 1")
+        self._check("patch_size", patch >= 1, "is at least 1")
+        self._check("dim_mult", min(self.dim_mult, default=0) >= 1, "is not empty and all at least 1")
+        self._check("attn_scales", not self.attn_scales, "no published model has attention in its stages: use ()")
+        num_halvings = len(self.dim_mult) - 1
+        self._check(
+            "temperal_downsample", len(self.temperal_downsample) == num_halvings, f"needs {num_halvings} values"
+        )
+        self._check("dropout", 0 <= self.dropout < 1, "is in [0, 1)")
+        for name in ("latents_mean", "latents_std"):
+            self._check(name, len(getattr(self, name)) == self.z_dim, f"needs z_dim={self.z_dim} values")
+        self._check("latents_std", min(self.latents_std) > 0, "is positive")
+        for name in ("in_channels", "out_channels"):
+            self._check(name, getattr(self, name) == 3 * patch**2, f"is 3 * patch_size**2 = {3 * patch**2}")
+        self._check("scale_factor_temporal", self.scale_factor_temporal == stride.t, f"the stages give {stride.t}")
+        self._check("scale_factor_spatial", self.scale_factor_spatial == stride.h, f"the stages give {stride.h}")
+        self._check_widths()
+
+    def _check(self, name: str, is_fine: bool, rule: str) -> None:
+        if not is_fine:
+            raise ValueError(f"{name}={getattr(self, name)}: {rule}")
+
+    def _check_widths(self) -> None:
+        """The layers without parameters move whole groups of channels."""
+        if self.is_residual:
+            *halved, last = pairwise((1, *self.dim_mult))
+            is_even = all(4 * before % after == 0 for before, after in halved) and last[0] % last[1] == 0
+            self._check("dim_mult", is_even, "each divides 4 times the one before, the last divides the one before")
+        else:
+            is_even = all(self.decoder_dim * mult % 2 == 0 for mult in self.dim_mult[1:])
+            self._check("dim_mult", is_even, f"times {self.decoder_dim} channels is even, to be halved")
+
+    @property
+    def decoder_dim(self) -> int:
+        """Channels of the decoder's finest stage."""
+        return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+
+    @property
+    def stride(self) -> Stride:
+        """Frames, rows and columns that one latent covers."""
+        side = (self.patch_size or 1) * 2 ** (len(self.dim_mult) - 1)
+        return Stride(2 ** sum(self.temperal_downsample), side, side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution of latents, independent in every element.
+
+    Attributes:
+        mean: b c t h w, normalised per channel.
+        std: b c t h w, normalised per channel.
+        raw_mean: b c t h w, as the encoder gives it; what the KL term needs.
+        raw_logvar: b c t h w.
+    """
+
+    mean: Tensor
+    std: Tensor
+    raw_mean: Tensor
+    raw_logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents drawn from it, b c t h w; the noise is drawn on the generator's device."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+    def kl(self) -> Tensor:
+        """Divergence of the raw distribution from the unit normal, in nats per latent element: shape b."""
+        nats = 0.5 * (self.raw_mean.square() + self.raw_logvar.exp() - 1 - self.raw_logvar)
+        return nats.mean(dim=(1, 2, 3, 4))
+
+
+class Stages(NamedTuple):
+    """The ladder of resolutions in an encoder, finest first, or in a decoder, coarsest first.
+
+    Attributes:
+        widths: channels before the first stage and after each.
+        is_temporal: whether time is resampled after each stage but the last.
+        num_blocks: residual blocks a stage.
+        dropout: probability inside the residual blocks.
+        is_residual: Wan 2.2's form, with a parameter-free shortcut around each stage.
+    """
+
+    widths: list[int]
+    is_temporal: tuple[bool, ...]
+    num_blocks: int
+    dropout: float
+    is_residual: bool
+
+    def steps(self) -> Iterator[tuple[int, int, bool | None]]:
+        """Channels before, channels after and `is_temporal` of each stage; None for the last, which keeps its size."""
+        return zip(self.widths[:-1], self.widths[1:], (*self.is_temporal, None), strict=True)
+
+
+class Encoder(nn.Module):
+    """Pixel patches to the raw mean and log-variance of their latents."""
+
+    def __init__(self, in_dim: int, out_dim: int, stages: Stages) -> None:
+        super().__init__()
+        first, last, options = stages.widths[0], stages.widths[-1], (stages.num_blocks, stages.dropout)
+        self.conv_in = CausalConv3d(in_dim, first, (3, 3, 3))
+        self.down_blocks = nn.ModuleList()
+        for dim, width, is_temporal in stages.steps():
+            if stages.is_residual:
+                self.down_blocks.append(ResidualDownBlock(dim, width, *options, is_temporal))
+            else:
+                self.down_blocks.extend(residual_blocks(dim, width, *options))
+                if is_temporal is not None:
+                    self.down_blocks.append(Downsample(width, is_temporal))
+        self.mid_block = MidBlock(last, stages.dropout)
+        self.norm_out = RMSNorm(last)
+        self.conv_out = CausalConv3d(last, out_dim, (3, 3, 3))
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """`b c t h w` to `b c_out t' h' w'`."""
+        x = self.conv_in(x, cache)  # b width t h w
+        for block in self.down_blocks:
+            x = block(x, cache)  # b width t' h' w'
+        x = self.mid_block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
+
+
+class Decoder(nn.Module):
+    """Raw latents to pixel patches: the encoder's stages backwards, with one more residual block each."""
+
+    def __init__(self, in_dim: int, out_dim: int, stages: Stages) -> None:
+        super().__init__()
+        first, last, options = stages.widths[0], stages.widths[-1], (stages.num_blocks + 1, stages.dropout)
+        self.conv_in = CausalConv3d(in_dim, first, (3, 3, 3))
+        self.mid_block = MidBlock(first, stages.dropout)
+        self.up_blocks = nn.ModuleList()
+        for index, (dim, width, is_temporal) in enumerate(stages.steps()):
+            if stages.is_residual:
+                self.up_blocks.append(ResidualUpBlock(dim, width, *options, is_temporal))
+            else:  # the upsampling before has halved the channels
+                self.up_blocks.append(UpBlock(dim // 2 if index else dim, width, *options, is_temporal))
+        self.norm_out = RMSNorm(last)
+        self.conv_out = CausalConv3d(last, out_dim, (3, 3, 3))
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """`b c t h w` to `b c_out t' h' w'`."""
+        x = self.conv_in(x, cache)  # b width t h w
+        x = self.mid_block(x, cache)
+        for block in self.up_blocks:
+            x = block(x, cache)  # b width t' h' w'
+        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
+
+
+class VideoVAE(nn.Module):
+    """Video to normalised latents and back.
+
+    `1 + stride.t * k` frames become `1 + k` latent frames; no output depends on later frames, and an image is a video
+    of one frame. Video is `b 3 t h w` in [-1, 1].
+    """
+
+    published_class: ClassVar[str] = "AutoencoderKLWan"
+
+    def __init__(self, config: VideoVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        decoder_widths = [config.decoder_dim * mult for mult in (*config.dim_mult, config.dim_mult[-1])][::-1]
+        z_dim, is_temporal = config.z_dim, config.temperal_downsample
+        form = (config.num_res_blocks, config.dropout, config.is_residual)
+        self.encoder = Encoder(config.in_channels, 2 * z_dim, Stages(widths, is_temporal, *form))
+        self.quant_conv = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1))
+        self.post_quant_conv = CausalConv3d(z_dim, z_dim, (1, 1, 1))
+        self.decoder = Decoder(z_dim, config.out_channels, Stages(decoder_widths, is_temporal[::-1], *form))
+
+    @classmethod
+    def from_pretrained(cls, url: str, subfolder: str = "vae") -> VideoVAE:
+        """Load a diffusers folder from any fsspec URL or path.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: config or weights do not fit.
+        """
+        return load_model(cls, VideoVAEConfig, url, subfolder)
+
+    def save_pretrained(self, url: str, subfolder: str = "vae") -> None:
+        """Write a folder that diffusers' `AutoencoderKLWan` loads."""
+        save_model(self, url, subfolder)
+
+    def with_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> VideoVAE:
+        """Set, in place, the mean and standard deviation of each raw channel that latents are normalised by.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: not one value a channel, or a standard deviation that is not positive.
+        """
+        self.config = dataclasses.replace(self.config, latents_mean=tuple(mean), latents_std=tuple(std))
+        return self
+
+    def encode(self, video: Tensor) -> Gaussian:
+        """The distribution of a video's latents: b 3 t h w to b z t' h' w'.
+
+        Raises:
+            ValueError: frames are not 1 + a multiple of the stride, or a side is not a multiple.
+        """
+        return self._encode(video, None)
+
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """The video of normalised latents: b z t' h' w' to b 3 t h w.
+
+        Args:
+            latents: normalised per channel.
+            clamp: limit the result to [-1, 1]; training needs it as it is.
+        """
+        return self._decode(latents, None, clamp)
+
+    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Gaussian]:
+        """For training: the reconstruction from sampled latents, not clamped, and their distribution."""
+        posterior = self.encode(video)
+        return self.decode(posterior.sample(generator), clamp=False), posterior
+
+    @torch.no_grad()
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`encode(...).mean` chunk by chunk, in memory that does not grow with time.
+
+        Args:
+            chunks: b 3 t h w; 1 + stride.t * k frames first, then multiples of stride.t.
+
+        Yields:
+            b z t' h' w': the latents that each chunk completes.
+        """
+        cache = Cache()
+        for video in chunks:
+            yield self._encode(video, cache).mean
+            cache.is_first = False
+
+    @torch.no_grad()
+    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`decode` chunk by chunk, in memory that does not grow with time.
+
+        Args:
+            latents: b z t' h' w', any number of latent frames a chunk.
+
+        Yields:
+            b 3 t h w: the frames of each chunk.
+        """
+        cache = Cache()
+        for chunk in latents:
+            yield self._decode(chunk, cache, clamp=True)
+            cache.is_first = False
+
+    def _encode(self, video: Tensor, cache: Cache | None) -> Gaussian:
+        num_before = 0 if cache is None or cache.is_first else 1
+        VideoShape(num_before + video.shape[2], *video.shape[3:]).latent(self.config.stride)
+        x = _to_patches(video, self.config.patch_size or 1)
+        raw_mean, raw_logvar = self.quant_conv(self.encoder(x, cache)).chunk(2, dim=1)  # b z t' h' w'
+        raw_logvar = raw_logvar.clamp(-30.0, 20.0)
+        mean, std = self._latent_statistics(raw_mean)
+        return Gaussian((raw_mean - mean) / std, torch.exp(0.5 * raw_logvar) / std, raw_mean, raw_logvar)
+
+    def _decode(self, latents: Tensor, cache: Cache | None, clamp: bool) -> Tensor:
+        mean, std = self._latent_statistics(latents)
+        x = self.post_quant_conv(latents * std + mean)
+        video = _from_patches(self.decoder(x, cache), self.config.patch_size or 1)  # b 3 t h w
+        return video.clamp(-1, 1) if clamp else video
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, c 1 1 1 each. Tensors of the config, which alone holds them."""
+        mean, std = (like.new_tensor(v).view(-1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
+        return mean, std
+
+
+def _to_patches(video: Tensor, size: int) -> Tensor:
+    return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=size, r=size)
+
+
+def _from_patches(x: Tensor, size: int) -> Tensor:
+    return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=size, r=size)
