@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import tyro
@@ -34,15 +35,22 @@ class Options:
 def run(job: Callable[[Chain], store.Manifest], description: str | None) -> None:
     """Parse the command line, connect to Ray, run the job and print its result's URI last; exit 1 on an error."""
     options = parse(sys.argv[1:], description)
-    try:
+    with errors_in_one_line():
         cluster.connect()
         chain = Chain(options.recipe, options.source, cluster.resolve_storage(options.storage), options.model)
         manifest = job(chain)
+    print(f"result: {manifest.uri}")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a user can act on ends the program with its message alone; KINORAY_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
     except (KinorayError, ValueError, FileNotFoundError) as error:
         if os.environ.get("KINORAY_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(KINORAY_TRACEBACK=1 shows where)")
-    print(f"result: {manifest.uri}")
 
 
 def parse(arguments: list[str], description: str | None) -> Options:

@@ -1,6 +1,7 @@
 """Named whole configurations. A docstring tells the purpose, the cost and what to expect."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pipeline.chain import Recipe, SampleConfig
 from pipeline.curate import CurateConfig
@@ -71,4 +72,23 @@ def toy_cpu() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"toy_cpu": toy_cpu}
+def smoke_cpu() -> Recipe:
+    """A minute to see that every hop runs on this machine: the toy world with few clips and steps; it draws noise."""
+    recipe = toy_cpu()
+    few = GenerateConfig(num_steps=4, guidance_scale=3.0)
+    return replace(
+        recipe,
+        toy=replace(recipe.toy, num_clips=48),
+        vae=replace(recipe.vae, optimizer=replace(recipe.vae.optimizer, num_steps=10), num_statistics_clips=16),
+        video=replace(
+            recipe.video,
+            dit=replace(recipe.video.dit, num_attention_heads=2, ffn_dim=128, num_layers=2),
+            optimizer=replace(recipe.video.optimizer, num_steps=20),
+        ),
+        sample=replace(recipe.sample, num=4, generate=few),
+        evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
+        workers=replace(recipe.workers, checkpoint_every=5),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"smoke_cpu": smoke_cpu, "toy_cpu": toy_cpu}

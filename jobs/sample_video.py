@@ -1,4 +1,4 @@
-"""Make videos from prompts: MP4 files and a contact sheet. `--model` takes a run's folder; else one is trained first."""
+"""Make videos from prompts: MP4 files and a contact sheet. `--model` takes a run's folder, else one is trained."""
 
 from jobs import cli
 from pipeline import chain, console, store

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline import console, store
 from pipeline.curate import CurateConfig, curate
@@ -13,7 +12,7 @@ from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
 from pipeline.toy import ToyConfig, make_toy_clips
-from pipeline.train import WorkersConfig, model_folder
+from pipeline.train import Model, WorkersConfig, model_folder, open_model
 from pipeline.train_vae import TrainVaeConfig, train_vae
 from pipeline.train_video import TrainVideoConfig, train_video
 from video_dit.generator import GenerationRequest
@@ -50,14 +49,6 @@ class Recipe:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     workers: WorkersConfig = dataclasses.field(default_factory=WorkersConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model to sample from: the run it came from and its folder."""
-
-    run: store.Manifest
-    uri: str
 
 
 class Chain:
@@ -102,22 +93,18 @@ class Chain:
         run = self._hop(
             "train video", lambda: train_video(self.recipe.video, self.recipe.workers, latents, self.storage)
         )
-        return Model(run=run, uri=model_folder(run))
+        return Model(uri=model_folder(run), run=run)
 
     def samples(self, model: Model | None = None) -> store.Manifest:
         """Videos and a contact sheet of a model."""
         made_by = model or self.model()
         config = self.recipe.sample.generate
-        return self._hop(
-            "sample", lambda: sample_video(config, self._requests(made_by), made_by.run, made_by.uri, self.storage)
-        )
+        return self._hop("sample", lambda: sample_video(config, self._requests(made_by), made_by, self.storage))
 
     def scores(self, model: Model | None = None) -> store.Manifest:
         """The toy world's score table of a model."""
         made_by = model or self.model()
-        return self._hop(
-            "evaluate", lambda: evaluate_video(self.recipe.evaluate, made_by.run, made_by.uri, self.storage)
-        )
+        return self._hop("evaluate", lambda: evaluate_video(self.recipe.evaluate, made_by, self.storage))
 
     def train_and_show(self) -> store.Manifest:
         """Train, sample and, in the toy world, score; says what to look at and what to run next."""
@@ -127,8 +114,8 @@ class Chain:
             console.score_table(read_scores(self.scores(model)))
         console.say(f"look at: {samples.uri}/contact_sheet.png")
         console.say(f"watch:   tensorboard --logdir {self.storage}")
-        console.say(f"next:    python jobs/serve_video.py --model {model.run.uri}")
-        return model.run
+        console.say(f"next:    python jobs/serve_video.py --model {model.uri}")
+        return model.run or samples
 
     def _requests(self, model: Model) -> list[GenerationRequest]:
         config = self.recipe.sample
@@ -148,16 +135,3 @@ class Chain:
         manifest = run()
         console.hop_done(label, manifest, time.monotonic() - start_s)
         return manifest
-
-
-def open_model(url: str) -> Model:
-    """A model by the folder of its run, or by its own folder inside a run.
-
-    Raises:
-        ManifestError: neither is there.
-    """
-    uri = store.absolute(url).rstrip("/")
-    if store.exists(store.join(uri, "model_index.json")):
-        return Model(run=store.Manifest.load(str(Path(uri).parents[1])), uri=uri)
-    run = store.Manifest.load(uri)
-    return Model(run=run, uri=model_folder(run))

@@ -9,13 +9,11 @@ from rich.table import Table
 
 from pipeline import store
 
-_console = Console(highlight=False, soft_wrap=True)
-
 
 def hop_done(label: str, manifest: store.Manifest, elapsed_s: float) -> None:
     """Say what a hop made, how long it took and where it is."""
     counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest.counts.items())
-    _console.print(f"[bold]{label:<12}[/bold] {elapsed_s:7.1f} s   {counts}   {manifest.uri}")
+    _console().print(f"[bold]{label:<12}[/bold] {elapsed_s:7.1f} s   {counts}   {manifest.uri}")
 
 
 def score_table(scores: Mapping[str, float]) -> None:
@@ -25,9 +23,13 @@ def score_table(scores: Mapping[str, float]) -> None:
     table.add_column("right", justify="right")
     for name, value in scores.items():
         table.add_row(name, f"{100 * value:.1f} %")
-    _console.print(table)
+    _console().print(table)
 
 
 def say(text: str) -> None:
     """A line for people."""
-    _console.print(text, markup=False)
+    _console().print(text, markup=False)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)

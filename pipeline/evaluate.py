@@ -8,6 +8,7 @@ import time
 
 from pipeline import media, store, toy, toy_checker
 from pipeline.generate import GenerateConfig, generate, write_contact_sheet
+from pipeline.train import Model
 from video_dit.generator import GenerationRequest
 
 
@@ -30,15 +31,15 @@ class EvaluateConfig:
             raise ValueError(f"num_prompts={self.num_prompts}: must be at least 1")
 
 
-def evaluate_video(config: EvaluateConfig, model: store.Manifest, model_uri: str, storage: str) -> store.Manifest:
+def evaluate_video(config: EvaluateConfig, model: Model, storage: str) -> store.Manifest:
     """Generate held-out prompts and let the checker measure them; publishes `scores.json`, videos and a contact sheet.
 
     The table has the share of right videos by attribute ("motion" attributes over videos only) and for all attributes
     of a video together.
     """
-    identity = {**dataclasses.asdict(config), "model": model_uri}
+    identity = {**dataclasses.asdict(config), "model": model.uri}
     return store.publish_once(
-        storage, "evaluate_video", model.name, identity, [model], functools.partial(_produce, config, model_uri)
+        storage, "evaluate_video", model.name, identity, model.parents, functools.partial(_produce, config, model.uri)
     )
 
 

@@ -13,6 +13,7 @@ import ray
 import ray.data
 
 from pipeline import media, store
+from pipeline.train import Model
 from video_dit.generator import GenerationRequest, Generator, read_limits
 
 Judge = Callable[[media.Frames, GenerationRequest], dict[str, bool]]
@@ -67,35 +68,32 @@ class GeneratedVideo:
 def sample_video(
     config: GenerateConfig,
     requests: Sequence[GenerationRequest],
-    model: store.Manifest,
-    model_uri: str,
+    model: Model,
     storage: str,
-    name: str = "samples",
 ) -> store.Manifest:
     """Make videos; publishes `videos/NNN.mp4` with a JSON file of settings beside each, and `contact_sheet.png`.
 
     Args:
         config: resources and batches.
         requests: prompts and sizes.
-        model: the training run, the parent in the lineage.
-        model_uri: its model folder.
+        model: what makes them.
         storage: root of all results.
 
     Raises:
         ValueError: a request that the model cannot make.
     """
-    identity = {"requests": [dataclasses.asdict(request) for request in requests], "model": model_uri}
+    identity = {"requests": [dataclasses.asdict(request) for request in requests], "model": model.uri}
 
     def produce(folder: str) -> store.Produced:
         start_s = time.monotonic()
-        videos = generate(config, requests, model_uri, folder)
+        videos = generate(config, requests, model.uri, folder)
         write_contact_sheet(videos, folder)
         frames = sum(request.num_frames for request in requests)
         elapsed_s = time.monotonic() - start_s
         measures = {"videos_per_s": len(videos) / elapsed_s, "frames_per_s": frames / elapsed_s}
         return store.Produced(counts={"videos": len(videos)}, measures=measures)
 
-    return store.publish_once(storage, "sample_video", name, identity, [model], produce)
+    return store.publish_once(storage, "sample_video", model.name, identity, model.parents, produce)
 
 
 def generate(
@@ -109,8 +107,8 @@ def generate(
     limits = read_limits(model_uri)
     for request in requests:
         limits.check(request)
-    rows = [{"number": number, "request": json.dumps(dataclasses.asdict(r))} for number, r in enumerate(requests)]
-    rows.sort(key=lambda row: requests[row["number"]].shape)  # equal shapes share attention batches
+    in_order = sorted(range(len(requests)), key=lambda n: requests[n].shape)  # equal shapes share attention batches
+    rows = [{"number": n, "request": json.dumps(dataclasses.asdict(requests[n]))} for n in in_order]
     resources = ray.cluster_resources()
     num_gpus = resources.get("GPU", 0) / config.gpus_per_actor if config.gpus_per_actor else 0
     num_batches = -(-len(rows) // config.requests_per_batch)

@@ -44,8 +44,8 @@ def encode_mp4(video_u8: Frames, fps: float, crf: int = 14) -> bytes:
 
 def decode_frames(data: bytes) -> Frames:
     """All frames of a video or picture file as they stand, t h w 3; for our own files, not for strangers'."""
-    with av.open(io.BytesIO(data)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with av.open(io.BytesIO(data), "r") as container:
+        return np.stack([frame.to_ndarray(format="rgb24").astype(np.uint8) for frame in container.decode(video=0)])
 
 
 def encode_png(picture_u8: Frames) -> bytes:

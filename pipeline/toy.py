@@ -55,7 +55,9 @@ LOOKS = {  # what an image shows as well: attribute -> values
     "size": tuple(SIZES_PX),
     "background": tuple(BACKGROUNDS),
 }
-ATTRIBUTES = (*LOOKS, "direction", "speed")
+_NUM_LOOKS = {name: len(values) for name, values in LOOKS.items()}
+NUM_VALUES = {**_NUM_LOOKS, "direction": len(DIRECTIONS), "speed": len(SPEEDS_PX)}
+ATTRIBUTES = tuple(NUM_VALUES)
 NUM_FRAMES = (1, 9, 17, 25, 33)  # 1 + a multiple of the video VAE's temporal stride
 SIDES_PX = (32, 48, 64, 80, 96)
 MAX_ASPECT = 2
@@ -150,11 +152,16 @@ def all_scenes(*, images: bool = False) -> tuple[Scene, ...]:
     return tuple(Scene(**look, direction=direction, speed=speed) for look in looks for direction, speed in motions)
 
 
-@functools.cache
 def is_held_out(scene: Scene) -> bool:
     """Whether the scene is kept for evaluation: a tenth of all combinations, the same ones whatever the seed."""
     key = ":".join(str(getattr(scene, name)) for name in ATTRIBUTES)
     return int.from_bytes(hashlib.sha256(key.encode()).digest()) % HELD_OUT_ONE_IN == 0
+
+
+@functools.cache
+def select_scenes(*, images: bool, held_out: bool) -> tuple[Scene, ...]:
+    """The scenes kept for evaluation, or the others."""
+    return tuple(scene for scene in all_scenes(images=images) if is_held_out(scene) == held_out)
 
 
 def caption(scene: Scene, variant: int) -> str:
@@ -262,8 +269,8 @@ def draw_shape(scene: Scene, rng: np.random.Generator) -> VideoShape:
 def toy_clip(config: ToyConfig, index: int) -> ToyClip:
     """The training clip of an index, never of a held-out scene: a pure function of seed, image share and index."""
     rng = np.random.default_rng([config.seed, index])
-    scenes = all_scenes(images=bool(rng.random() < config.image_share))
-    scene = next(scene for _ in itertools.count() if not is_held_out(scene := scenes[rng.integers(len(scenes))]))
+    scenes = select_scenes(images=bool(rng.random() < config.image_share), held_out=False)
+    scene = scenes[rng.integers(len(scenes))]
     shape = draw_shape(scene, rng)
     start = rng.uniform(*start_range(scene, shape))
     return ToyClip(scene, caption(scene, int(rng.integers(NUM_VARIANTS))), render(scene, *shape, start))
@@ -275,15 +282,17 @@ def evaluation_prompts(num: int, seed: int, image_share: float = 0.15) -> list[E
     A pure function of its arguments. Any first k are as even; when the scenes are used up they come again.
     """
     rng = np.random.default_rng(seed)
-    held_out = [[scene for scene in all_scenes(images=images) if is_held_out(scene)] for images in (False, True)]
-    used: Counter[Any] = Counter()
+    used: Counter[Any] = Counter()  # scenes, and (attribute, value)
+
+    def cost(scene: Scene) -> tuple[float, ...]:
+        common = sum(NUM_VALUES[name] * used[name, getattr(scene, name)] for name in ATTRIBUTES)
+        return used[scene], common, rng.random()
+
     prompts = []
     for index in range(num):
         is_image = int((index + 1) * image_share) > int(index * image_share)
-        scenes = held_out[is_image]
-        costs = [(used[s], sum(used[item] for item in dataclasses.asdict(s).items()), rng.random()) for s in scenes]
-        scene = scenes[costs.index(min(costs))]
-        used.update([scene, *dataclasses.asdict(scene).items()])
+        scene = min(select_scenes(images=is_image, held_out=True), key=cost)
+        used.update([scene, *((name, getattr(scene, name)) for name in ATTRIBUTES)])
         words = caption(scene, int(rng.integers(NUM_VARIANTS)))
         prompts.append(EvaluationPrompt(scene, words, draw_shape(scene, rng)))
     return prompts

@@ -159,6 +159,43 @@ def model_folder(run: store.Manifest) -> str:
     return store.join(run.uri, "models", f"step-{run.counts['step']}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model to sample from.
+
+    Attributes:
+        uri: its folder.
+        run: the training run it came from; None for a folder from elsewhere.
+    """
+
+    uri: str
+    run: store.Manifest | None
+
+    @property
+    def name(self) -> str:
+        """The run's folder, or the model's own."""
+        return (self.run.uri if self.run else self.uri).rsplit("/", 1)[-1]
+
+    @property
+    def parents(self) -> list[store.Manifest]:
+        """For the lineage of what is made with it."""
+        return [self.run] if self.run else []
+
+
+def open_model(url: str) -> Model:
+    """A model by the folder of its run, or by its own folder.
+
+    Raises:
+        ManifestError: neither is there.
+    """
+    uri = store.absolute(url).rstrip("/")
+    if not store.exists(store.join(uri, "model_index.json")):
+        run = store.Manifest.load(uri)
+        return Model(uri=model_folder(run), run=run)
+    folder = uri.rsplit("/", 2)[0]  # <run>/models/step-N
+    return Model(uri=uri, run=store.Manifest.load(folder) if store.exists(f"{folder}/{store.MANIFEST}") else None)
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     task: Task = config["task"]

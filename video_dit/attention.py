@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 
 class Run(NamedTuple):
-    """`count` neighbouring segments of the same lengths."""
+    """`repeats` neighbouring segments of the same lengths."""
 
-    count: int
+    repeats: int
     q_length: int
     k_length: int
 
@@ -38,7 +38,7 @@ class Segments(NamedTuple):
         runs: list[Run] = []
         for q_length, k_length in zip(q_lengths, k_lengths, strict=True):
             if runs and (runs[-1].q_length, runs[-1].k_length) == (q_length, k_length):
-                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+                runs[-1] = runs[-1]._replace(repeats=runs[-1].repeats + 1)
             else:
                 runs.append(Run(1, q_length, k_length))
         return cls(tuple(runs))
@@ -57,11 +57,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         n heads e.
     """
     # split, not slices: its backward is one concatenation instead of a full-size zero tensor a slice
-    q_runs = q.split([run.count * run.q_length for run in segments.runs])
-    k_runs = k.split([run.count * run.k_length for run in segments.runs])
-    v_runs = v.split([run.count * run.k_length for run in segments.runs])
+    q_runs = q.split([run.repeats * run.q_length for run in segments.runs])
+    k_runs = k.split([run.repeats * run.k_length for run in segments.runs])
+    v_runs = v.split([run.repeats * run.k_length for run in segments.runs])
     outputs = []
     for run, q_run, k_run, v_run in zip(segments.runs, q_runs, k_runs, v_runs, strict=True):
-        batch = [rearrange(x, "(b n) heads e -> b heads n e", b=run.count) for x in (q_run, k_run, v_run)]
+        batch = [rearrange(x, "(b n) heads e -> b heads n e", b=run.repeats) for x in (q_run, k_run, v_run)]
         outputs.append(rearrange(F.scaled_dot_product_attention(*batch), "b heads n e -> (b n) heads e"))
     return torch.cat(outputs)

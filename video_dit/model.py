@@ -165,9 +165,9 @@ class VideoDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for mlp in (self.time_mlp, self.text_mlp):
-            for layer in (mlp[0], mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("time_mlp", "text_mlp")) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.head.out.weight)  # the first prediction is zero
 
     def forward(self, packed: PackedBatch) -> Tensor:

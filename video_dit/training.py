@@ -105,8 +105,9 @@ class TrainState:
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
         decayed = [p for p in model.parameters() if p.ndim >= 2 and p.shape[0] > 1]
         others = [p for p in model.parameters() if not (p.ndim >= 2 and p.shape[0] > 1)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import fsspec
 import torch
@@ -64,7 +64,7 @@ def published_names(key: str, class_name: str) -> tuple[str, ...]:
 
 def to_published(state: Mapping[str, Tensor], class_name: str) -> dict[str, Tensor]:
     """Our state dict under the published names, fused tensors split."""
-    published = {}
+    published: dict[str, Tensor] = {}
     for key, value in state.items():
         names = published_names(key, class_name)
         published.update(zip(names, value.chunk(len(names)), strict=True))
@@ -81,7 +81,10 @@ def from_published(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     Raises:
         ValueError: listing every missing, unexpected and mis-shaped tensor.
     """
-    ours, missing, misshaped, used = {}, [], [], set()
+    ours: dict[str, Tensor] = {}
+    missing: list[str] = []
+    misshaped: list[str] = []
+    used: set[str] = set()
     for key, target in expected.items():
         names = published_names(key, class_name)
         used.update(names)
@@ -131,7 +134,7 @@ def read_config(config_class: Callable[..., Any], url: str, subfolder: str = "")
     """
     values = json.loads(read_bytes(url, subfolder, "config.json"))
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if not key.startswith("_")}
-    known = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(cast(Any, config_class))}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{url}/{subfolder}/config.json: unknown keys {unknown}; known: {sorted(known)}")
@@ -190,7 +193,7 @@ def save_model(
         state: tensors to write instead of the model's own (gathered or averaged weights).
     """
     name = class_name or str(model.published_class)
-    config = {"_class_name": name, **dataclasses.asdict(model.config)}  # type: ignore[arg-type]
+    config = {"_class_name": name, **dataclasses.asdict(cast(Any, model.config))}
     write_bytes((json.dumps(config, indent=2) + "\n").encode(), url, subfolder, "config.json")
     tensors = to_published(model.state_dict() if state is None else state, name)
     write_bytes(save_safetensors(tensors, metadata={"format": "pt"}), url, subfolder, WEIGHTS)

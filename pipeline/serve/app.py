@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from importlib import import_module
+from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -17,8 +19,10 @@ from pipeline.serve.http_errors import ApiError
 from pipeline.serve.jobs import JobStore
 from pipeline.serve.schemas import new_job
 from pipeline.serve.worker import Worker
+from pipeline.train import open_model
 
 APP_NAME = "kinoray"
+KEYS_VARIABLE = "KINORAY_API_KEYS"
 STOP_S = 60.0  # a planned stop waits so long for the current denoising step
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -85,6 +89,22 @@ def build_app(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=256,
     )
     return deploy_ingress(serve.ingress()(Ingress)).bind(config, deploy_worker(VideoWorker).bind(config))
+
+
+def resolve(config: ServeConfig) -> ServeConfig:
+    """Fill in what a person leaves out: a training run stands for its model and its name, the environment has the keys."""
+    model = open_model(config.model)
+    keys = config.api_keys or tuple(filter(None, os.environ.get(KEYS_VARIABLE, "").split(",")))
+    return dataclasses.replace(config, model=model.uri, model_name=config.model_name or model.name, api_keys=keys)
+
+
+def app_from_args(args: dict[str, Any]) -> serve.Application:
+    """`build_app` for a Serve config file: `args` are the fields of ServeConfig.
+
+    Keys do not belong into such a file: they are read from the environment variable KINORAY_API_KEYS, with commas
+    between them.
+    """
+    return build_app(resolve(ServeConfig(**args)))
 
 
 def _check_defaults(config: ServeConfig) -> None:

@@ -1,0 +1,164 @@
+"""The whole way, small: every hop real, rows conserved, one worker like two, a killed run like an undisturbed one."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.recipes import smoke_cpu
+from pipeline import media, store
+from pipeline.chain import Chain
+from pipeline.errors import TrainingDivergedError
+from pipeline.train import model_folder, open_model
+from pipeline.train_video import train_video
+from video_dit import weights
+from video_dit.generator import read_limits
+
+ROOT = Path(__file__).parents[2]
+
+
+def losses_of(run):
+    lines = (Path(run.uri) / "metrics" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(len(rows)))  # no step twice, none lost
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return smoke_cpu()
+
+
+@pytest.fixture(scope="module")
+def chain(ray_cluster, tmp_path_factory, recipe):
+    return Chain(recipe, None, str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="module")
+def latents(chain):
+    return chain.latents()
+
+
+@pytest.fixture(scope="module")
+def model(chain, latents):
+    return chain.model()
+
+
+def test_rows_are_conserved_from_files_to_latents(chain, latents):
+    clips = chain.clips()
+    assert clips.counts == {"sources": 48, "clips": 48, "rejects": 0}
+    assert latents.counts == {"clips": 48, "latents": 48, "rejects": 0}
+    assert latents.read("latents", ["clip_id"]) == clips.read("clips", ["clip_id"])
+    shapes = latents.read("latents", ["latents_shape"]).column(0).to_pylist()
+    for (channels, *grid), clip in zip(shapes, clips.read("clips").to_pylist(), strict=True):
+        assert channels == 16
+        assert grid == [(clip["num_frames"] - 1) // 4 + 1, clip["height_px"] // 8, clip["width_px"] // 8]
+
+
+def test_training_is_logged_and_ends_with_a_model_folder(model, recipe):
+    losses = losses_of(model.run)
+    assert len(losses) == recipe.video.optimizer.num_steps
+    assert sum(losses[-3:]) < sum(losses[:3])
+    fields = json.loads((Path(model.run.uri) / "metrics" / "train.jsonl").read_text().splitlines()[0])
+    names = {"step", "loss", "grad_norm", "lr", "num_tokens", "num_samples", "step_s", "data_wait_s"}
+    assert set(fields) == names
+    assert {path.name for path in Path(model.uri).iterdir()} == {
+        "model_index.json",
+        "transformer",
+        "vae",
+        "text_encoder",
+        "scheduler",
+    }
+    assert read_limits(model.uri).stride == (4, 16, 16)
+    assert open_model(model.run.uri) == open_model(model.uri) == model
+
+
+def test_samples_and_scores_are_published(chain, model):
+    samples = chain.samples(model)
+    videos = sorted(Path(samples.uri, "videos").glob("*.mp4")) + sorted(Path(samples.uri, "videos").glob("*.png"))
+    assert len(videos) == samples.counts["videos"] == 4
+    for path in videos:
+        asked = json.loads(path.with_suffix(".json").read_text())
+        frames = media.decode_frames(path.read_bytes())
+        assert frames.shape == (asked["num_frames"], asked["height_px"], asked["width_px"], 3)
+    scores = chain.scores(model)
+    assert scores.counts == {"videos": 8}
+    table = json.loads(Path(scores.uri, "scores.json").read_text())
+    assert len(table["videos"]) == 8
+    assert 0 <= table["scores"]["all"] <= 1
+
+
+def test_a_second_call_is_a_lookup(chain, model):
+    start_s = time.monotonic()
+    assert chain.model() == model
+    assert time.monotonic() - start_s < 5
+
+
+def test_two_workers_give_the_same_losses_and_weights(latents, model, recipe, tmp_path):
+    workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1)
+    run = train_video(recipe.video, workers, latents, str(tmp_path))
+    assert losses_of(run) == pytest.approx(losses_of(model.run), abs=1e-5)
+    ours, theirs = (weights.read_state(uri, "transformer") for uri in (model_folder(run), model.uri))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-4
+
+
+def test_a_run_killed_half_way_goes_on_from_its_checkpoint_to_the_same_end(latents, model, recipe, tmp_path):
+    """SIGKILL to the driver and all its processes, as when the machine goes down."""
+    script = (
+        "import sys; from jobs.recipes import smoke_cpu; from pipeline import cluster, store\n"
+        "from pipeline.train_video import train_video\n"
+        "cluster.connect(num_cpus=2, address='local', include_dashboard=False); recipe = smoke_cpu()\n"
+        "train_video(recipe.video, recipe.workers, store.Manifest.load(sys.argv[1]), sys.argv[2])\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, latents.uri, str(tmp_path)], cwd=ROOT, start_new_session=True
+    )
+    deadline_s = time.monotonic() + 180
+    while not list(tmp_path.glob("train_video/*/checkpoints/step-1[05]")):
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not list(tmp_path.glob("train_video/*/manifest.json"))
+    run = train_video(recipe.video, recipe.workers, latents, str(tmp_path))
+    assert losses_of(run) == losses_of(model.run)  # to the last bit
+    ours, theirs = (weights.read_state(uri, "transformer") for uri in (model_folder(run), model.uri))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(latents, recipe, tmp_path):
+    diverging = dataclasses.replace(
+        recipe.video, optimizer=dataclasses.replace(recipe.video.optimizer, learning_rate=1e30, warmup_steps=0)
+    )
+    workers = dataclasses.replace(recipe.workers, max_failures=0)
+    with pytest.raises(TrainingDivergedError, match=r"step \d+: loss=.*samples: \w+"):
+        train_video(diverging, workers, latents, str(tmp_path))
+    assert not list(tmp_path.glob("train_video/*/manifest.json"))
+
+
+def test_a_config_that_does_not_fit_the_latents_says_what_to_set(latents, recipe, tmp_path):
+    wrong = dataclasses.replace(recipe.video, dit=dataclasses.replace(recipe.video.dit, in_channels=8))
+    with pytest.raises(ValueError, match=r"dit\.in_channels=8, .* set dit\.in_channels to 16"):
+        train_video(wrong, recipe.workers, latents, str(tmp_path))
+
+
+def test_storage_that_workers_cannot_share_is_refused(latents, recipe):
+    with pytest.raises(ValueError, match="local or shared folder, got 'memory://runs"):
+        train_video(recipe.video, recipe.workers, latents, "memory://runs")
+
+
+def test_unknown_model_folder_is_named(tmp_path):
+    from pipeline.errors import ManifestError
+
+    with pytest.raises(ManifestError, match="nothing-here"):
+        open_model(str(tmp_path / "nothing-here"))
+    assert store.exists(str(tmp_path))
