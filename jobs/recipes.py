@@ -27,7 +27,7 @@ def toy_cpu() -> Recipe:
     vae = VideoVAEConfig(
         base_dim=16,
         z_dim=channels,
-        dim_mult=(1, 4, 4),
+        dim_mult=(1, 2, 2),
         num_res_blocks=1,
         temperal_downsample=(True, True),
         is_residual=True,

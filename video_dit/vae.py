@@ -255,6 +255,14 @@ class VideoVAE(nn.Module):
         self.quant_conv = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(z_dim, z_dim, (1, 1, 1))
         self.decoder = Decoder(z_dim, config.out_channels, Stages(decoder_widths, is_temporal[::-1], *form))
+        self._quiet_posterior()
+
+    def _quiet_posterior(self) -> None:
+        """Start with little noise on the latents, so that the decoder has something to learn from at once."""
+        assert self.quant_conv.bias is not None
+        with torch.no_grad():
+            self.quant_conv.weight[self.config.z_dim :] *= 0.1
+            self.quant_conv.bias[self.config.z_dim :] = -6.0
 
     @classmethod
     def from_pretrained(cls, url: str, subfolder: str = "vae") -> VideoVAE:

@@ -92,7 +92,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 
 
 def resolve(config: ServeConfig) -> ServeConfig:
-    """Fill in what a person leaves out: a training run stands for its model and its name, the environment has the keys."""
+    """Fill in what a person leaves out: a run stands for its model and its name, the environment has the keys."""
     model = open_model(config.model)
     keys = config.api_keys or tuple(filter(None, os.environ.get(KEYS_VARIABLE, "").split(",")))
     return dataclasses.replace(config, model=model.uri, model_name=config.model_name or model.name, api_keys=keys)
