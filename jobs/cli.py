@@ -32,13 +32,20 @@ class Options:
     model: str | None = None
 
 
-def run(job: Callable[[Chain], store.Manifest], description: str | None) -> None:
-    """Parse the command line, connect to Ray, run the job and print its result's URI last; exit 1 on an error."""
+def run(job: Callable[[Chain], store.Manifest], description: str | None, next_step: str) -> None:
+    """Parse the command line, connect to Ray and run the job; exit 1 on an error.
+
+    Args:
+        job: what to do.
+        description: for --help.
+        next_step: what to do next, printed before the last line; {uri} stands for the result.
+    """
     options = parse(sys.argv[1:], description)
     with errors_in_one_line():
         cluster.connect()
         chain = Chain(options.recipe, options.source, cluster.resolve_storage(options.storage), options.model)
         manifest = job(chain)
+    print(f"next: {next_step.format(uri=manifest.uri)}")
     print(f"result: {manifest.uri}")
 
 

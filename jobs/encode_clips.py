@@ -1,15 +1,7 @@
 """Encode the source's clips and captions: LATENTS, what the transformer is trained on."""
 
 from jobs import cli
-from pipeline import chain, console, store
-
-
-def job(hops: chain.Chain) -> store.Manifest:
-    """Encode the clips."""
-    manifest = hops.latents()
-    console.say("next: python jobs/train_video.py with the same --source")
-    return manifest
-
+from pipeline.chain import Chain
 
 if __name__ == "__main__":
-    cli.run(job, __doc__)
+    cli.run(Chain.latents, __doc__, "python jobs/train_video.py with the same --source")

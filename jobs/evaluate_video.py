@@ -1,15 +1,7 @@
 """Score a model on toy-world scenes that training never saw: colour, shape, size, direction, speed, background."""
 
 from jobs import cli
-from pipeline import chain, console, evaluate, store
-
-
-def job(hops: chain.Chain) -> store.Manifest:
-    """Generate held-out scenes and measure them."""
-    manifest = hops.scores()
-    console.score_table(evaluate.read_scores(manifest))
-    return manifest
-
+from pipeline.chain import Chain
 
 if __name__ == "__main__":
-    cli.run(job, __doc__)
+    cli.run(Chain.scores, __doc__, "look at {uri}/contact_sheet.png")

@@ -56,8 +56,10 @@ def toy_cpu() -> Recipe:
         vae=TrainVaeConfig(
             vae=vae,
             text=text,
-            plan=PlanConfig(token_budget=16 * 9, packs_per_step=1),
-            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=600, weight_decay=0.0),
+            crop_frames=17,
+            image_steps=500,
+            plan=PlanConfig(token_budget=12 * 17, packs_per_step=1),
+            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=750, weight_decay=0.0, ema_decay=0.98),
         ),
         encode=EncodeConfig(),
         video=TrainVideoConfig(

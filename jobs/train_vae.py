@@ -1,15 +1,7 @@
 """Train the causal video VAE on the source's clips."""
 
 from jobs import cli
-from pipeline import chain, console, store
-
-
-def job(hops: chain.Chain) -> store.Manifest:
-    """Train the VAE."""
-    manifest = hops.vae()
-    console.say("next: python jobs/encode_clips.py with the same --source")
-    return manifest
-
+from pipeline.chain import Chain
 
 if __name__ == "__main__":
-    cli.run(job, __doc__)
+    cli.run(Chain.vae, __doc__, "python jobs/encode_clips.py with the same --source")

@@ -1,13 +1,7 @@
 """Train a video diffusion transformer, from video files to samples: every hop that is missing is run first."""
 
 from jobs import cli
-from pipeline import chain, store
-
-
-def job(hops: chain.Chain) -> store.Manifest:
-    """Train, sample and, in the toy world, score."""
-    return hops.train_and_show()
-
+from pipeline.chain import Chain
 
 if __name__ == "__main__":
-    cli.run(job, __doc__)
+    cli.run(Chain.train_and_show, __doc__, "python jobs/serve_video.py --model {uri}")

@@ -104,17 +104,18 @@ class Chain:
     def scores(self, model: Model | None = None) -> store.Manifest:
         """The toy world's score table of a model."""
         made_by = model or self.model()
-        return self._hop("evaluate", lambda: evaluate_video(self.recipe.evaluate, made_by, self.storage))
+        manifest = self._hop("evaluate", lambda: evaluate_video(self.recipe.evaluate, made_by, self.storage))
+        console.score_table(read_scores(manifest))
+        return manifest
 
     def train_and_show(self) -> store.Manifest:
-        """Train, sample and, in the toy world, score; says what to look at and what to run next."""
+        """Train, sample and, in the toy world, score; says what to look at."""
         model = self.model()
         samples = self.samples(model)
         if self.source is None:
-            console.score_table(read_scores(self.scores(model)))
+            self.scores(model)
         console.say(f"look at: {samples.uri}/contact_sheet.png")
-        console.say(f"watch:   tensorboard --logdir {self.storage}")
-        console.say(f"next:    python jobs/serve_video.py --model {model.uri}")
+        console.say(f"watch: tensorboard --logdir {self.storage}")
         return model.run or samples
 
     def _requests(self, model: Model) -> list[GenerationRequest]:

@@ -69,8 +69,8 @@ class Trainee(Protocol):
     def sizes(self) -> list[int]:
         """Of each sample, in the plan's tokens."""
 
-    def num_elements(self, pack: Pack) -> float:
-        """What the loss of a pack is summed over."""
+    def num_elements(self, step: int, pack: Pack) -> float:
+        """How many elements the loss of a pack is summed over in a step."""
 
     def sample_ids(self, pack: Pack) -> tuple[str, ...]:
         """Names of a pack's samples."""
@@ -243,7 +243,7 @@ def _batches(task: Task, trainee: Trainee, world: DistributedWorld, start: int) 
                 MicroBatch(inputs=trainee.load(step, pack), weight=weight, sample_ids=trainee.sample_ids(pack))
                 for pack, weight in packs_of_rank(packs, world.rank, world.size)
             ],
-            num_elements=sum(trainee.num_elements(pack) for pack in packs),
+            num_elements=sum(trainee.num_elements(step, pack) for pack in packs),
             num_tokens=sum(trainee.sizes[place] for pack in packs for place in pack),
             num_samples=sum(len(pack) for pack in packs),
         )

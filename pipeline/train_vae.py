@@ -33,7 +33,9 @@ class TrainVaeConfig:
         vae: sizes; the latent statistics are measured after training.
         text: the text encoder that the model folder gets, so that it can encode captions too.
         crop_frames, crop_px: crops are at most this long and wide; shorter and smaller clips are taken whole.
-        kl_weight: of the divergence in nats per latent element, beside the mean absolute error.
+        image_steps: the first steps see one frame of each crop: a picture teaches shapes and colours at a fraction of a
+            video's cost, and the network starts out passing frames on unchanged.
+        kl_weight: of the divergence in nats per latent element, beside the mean squared error.
         plan: its tokens are frames of crops; `token_budget` frames go through the model at once.
         optimizer: learning rate and length.
         num_statistics_clips: clips whose latents give mean and standard deviation of each channel, and the PSNR.
@@ -43,7 +45,8 @@ class TrainVaeConfig:
     text: HashedWordConfig = dataclasses.field(default_factory=HashedWordConfig)
     crop_frames: int = 9
     crop_px: int = 32
-    kl_weight: float = 1e-5
+    image_steps: int = 0
+    kl_weight: float = 1e-6
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     num_statistics_clips: int = 256
@@ -112,25 +115,24 @@ class VaeTrainee:
         self._decoded: BoundedCache[int, Frames] = BoundedCache(cache_bytes, lambda video: video.nbytes)
 
     def loss_function(self, model: nn.Module, batch: VaeBatch) -> Tensor:
-        """Absolute error summed over pixels and channels, plus the weighted divergence."""
+        """Squared error summed over pixels and channels, plus the weighted divergence."""
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         for part, video in enumerate(batch.videos):
             video = video.to(device)
             reconstruction, posterior = model(video, keyed_generator(*batch.key, part))
-            total = total + (reconstruction - video).abs().sum()
+            total = total + (reconstruction - video).square().sum()
             total = total + self.config.kl_weight * posterior.kl().mean() * video.numel()
         return total
 
-    def num_elements(self, pack: Pack) -> float:
+    def num_elements(self, step: int, pack: Pack) -> float:
         """Pixels times channels of the pack's crops."""
-        crop = self.config.crop_px
-        return float(
-            sum(
-                3 * self.sizes[p] * min(self.clips[p]["height_px"], crop) * min(self.clips[p]["width_px"], crop)
-                for p in pack
-            )
-        )
+        most = self.config.crop_px
+        total = 0
+        for clip in (self.clips[place] for place in pack):
+            frames = min(clip["num_frames"], self._crop_frames(step))
+            total += 3 * frames * min(clip["height_px"], most) * min(clip["width_px"], most)
+        return float(total)
 
     def sample_ids(self, pack: Pack) -> tuple[str, ...]:
         """Clip ids."""
@@ -141,7 +143,7 @@ class VaeTrainee:
         by_shape: dict[tuple[int, ...], list[Frames]] = defaultdict(list)
         for place in pack:
             key = (self.config.plan.seed, step, self.clips[place]["clip_id"])
-            crop = random_crop(self._read(place), self.config.crop_frames, self.config.crop_px, *key)
+            crop = random_crop(self._read(place), self._crop_frames(step), self.config.crop_px, *key)
             by_shape[crop.shape].append(crop)
         key = (self.config.plan.seed, step, self.clips[pack[0]]["clip_id"])
         return VaeBatch([to_video(np.stack(crops)) for crops in by_shape.values()], key)
@@ -157,6 +159,9 @@ class VaeTrainee:
         HashedWordEncoder(self.config.text).save_pretrained(folder)
         num_parameters = sum(parameter.numel() for parameter in vae.parameters())
         return {"psnr_db": mean_psnr_db(vae, videos), "num_parameters": num_parameters, "num_clips": len(self.clips)}
+
+    def _crop_frames(self, step: int) -> int:
+        return 1 if step < self.config.image_steps else self.config.crop_frames
 
     def _read(self, place: int) -> Frames:
         clip = self.clips[place]

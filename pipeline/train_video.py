@@ -108,7 +108,7 @@ class VideoTrainee:
             if value != found:
                 raise ValueError(f"{name}={value}, but the encoded clips have {found}: set {name} to {found}")
 
-    def num_elements(self, pack: Pack) -> float:
+    def num_elements(self, step: int, pack: Pack) -> float:
         """Tokens of the pack."""
         return float(sum(self.sizes[place] for place in pack))
 

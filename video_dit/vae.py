@@ -9,25 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from video_dit.shapes import Stride, VideoShape
-from video_dit.vae_layers import (
-    Cache,
-    CausalConv3d,
-    Downsample,
-    MidBlock,
-    ResidualDownBlock,
-    ResidualUpBlock,
-    RMSNorm,
-    UpBlock,
-    residual_blocks,
-)
+from video_dit.vae_layers import Cache, CausalConv3d
+from video_dit.vae_networks import Decoder, Encoder, Stages, initialize
 from video_dit.weights import load_model, save_model
 
 # Wan 2.1's latents over its training set, channel by channel.
@@ -159,82 +149,6 @@ class Gaussian:
         return nats.mean(dim=(1, 2, 3, 4))
 
 
-class Stages(NamedTuple):
-    """The ladder of resolutions in an encoder, finest first, or in a decoder, coarsest first.
-
-    Attributes:
-        widths: channels before the first stage and after each.
-        is_temporal: whether time is resampled after each stage but the last.
-        num_blocks: residual blocks a stage.
-        dropout: probability inside the residual blocks.
-        is_residual: Wan 2.2's form, with a parameter-free shortcut around each stage.
-    """
-
-    widths: list[int]
-    is_temporal: tuple[bool, ...]
-    num_blocks: int
-    dropout: float
-    is_residual: bool
-
-    def steps(self) -> Iterator[tuple[int, int, bool | None]]:
-        """Channels before, channels after and `is_temporal` of each stage; None for the last, which keeps its size."""
-        return zip(self.widths[:-1], self.widths[1:], (*self.is_temporal, None), strict=True)
-
-
-class Encoder(nn.Module):
-    """Pixel patches to the raw mean and log-variance of their latents."""
-
-    def __init__(self, in_dim: int, out_dim: int, stages: Stages) -> None:
-        super().__init__()
-        first, last, options = stages.widths[0], stages.widths[-1], (stages.num_blocks, stages.dropout)
-        self.conv_in = CausalConv3d(in_dim, first, (3, 3, 3))
-        self.down_blocks = nn.ModuleList()
-        for dim, width, is_temporal in stages.steps():
-            if stages.is_residual:
-                self.down_blocks.append(ResidualDownBlock(dim, width, *options, is_temporal))
-            else:
-                self.down_blocks.extend(residual_blocks(dim, width, *options))
-                if is_temporal is not None:
-                    self.down_blocks.append(Downsample(width, is_temporal))
-        self.mid_block = MidBlock(last, stages.dropout)
-        self.norm_out = RMSNorm(last)
-        self.conv_out = CausalConv3d(last, out_dim, (3, 3, 3))
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """`b c t h w` to `b c_out t' h' w'`."""
-        x = self.conv_in(x, cache)  # b width t h w
-        for block in self.down_blocks:
-            x = block(x, cache)  # b width t' h' w'
-        x = self.mid_block(x, cache)
-        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
-
-
-class Decoder(nn.Module):
-    """Raw latents to pixel patches: the encoder's stages backwards, with one more residual block each."""
-
-    def __init__(self, in_dim: int, out_dim: int, stages: Stages) -> None:
-        super().__init__()
-        first, last, options = stages.widths[0], stages.widths[-1], (stages.num_blocks + 1, stages.dropout)
-        self.conv_in = CausalConv3d(in_dim, first, (3, 3, 3))
-        self.mid_block = MidBlock(first, stages.dropout)
-        self.up_blocks = nn.ModuleList()
-        for index, (dim, width, is_temporal) in enumerate(stages.steps()):
-            if stages.is_residual:
-                self.up_blocks.append(ResidualUpBlock(dim, width, *options, is_temporal))
-            else:  # the upsampling before has halved the channels
-                self.up_blocks.append(UpBlock(dim // 2 if index else dim, width, *options, is_temporal))
-        self.norm_out = RMSNorm(last)
-        self.conv_out = CausalConv3d(last, out_dim, (3, 3, 3))
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """`b c t h w` to `b c_out t' h' w'`."""
-        x = self.conv_in(x, cache)  # b width t h w
-        x = self.mid_block(x, cache)
-        for block in self.up_blocks:
-            x = block(x, cache)  # b width t' h' w'
-        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
-
-
 class VideoVAE(nn.Module):
     """Video to normalised latents and back.
 
@@ -255,14 +169,15 @@ class VideoVAE(nn.Module):
         self.quant_conv = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(z_dim, z_dim, (1, 1, 1))
         self.decoder = Decoder(z_dim, config.out_channels, Stages(decoder_widths, is_temporal[::-1], *form))
-        self._quiet_posterior()
+        initialize(self)
+        if not self.quant_conv.weight.is_meta:
+            self._narrow_posterior()
 
-    def _quiet_posterior(self) -> None:
-        """Start with little noise on the latents, so that the decoder has something to learn from at once."""
-        assert self.quant_conv.bias is not None
+    def _narrow_posterior(self) -> None:
+        """Start at a standard deviation of 0.05: unit noise would hide the latents for hundreds of steps."""
         with torch.no_grad():
             self.quant_conv.weight[self.config.z_dim :] *= 0.1
-            self.quant_conv.bias[self.config.z_dim :] = -6.0
+            self.quant_conv.get_parameter("bias")[self.config.z_dim :] = -6.0
 
     @classmethod
     def from_pretrained(cls, url: str, subfolder: str = "vae") -> VideoVAE:
