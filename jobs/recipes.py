@@ -57,9 +57,9 @@ def toy_cpu() -> Recipe:
             vae=vae,
             text=text,
             crop_frames=17,
-            image_steps=500,
-            plan=PlanConfig(token_budget=12 * 17, packs_per_step=1),
-            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=750, weight_decay=0.0, ema_decay=0.98),
+            image_steps=800,
+            plan=PlanConfig(token_budget=80, packs_per_step=1),
+            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=2000, weight_decay=0.0, ema_decay=0.98),
         ),
         encode=EncodeConfig(),
         video=TrainVideoConfig(

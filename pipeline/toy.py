@@ -262,7 +262,7 @@ def clip_shapes() -> tuple[VideoShape, ...]:
 def draw_shape(scene: Scene, rng: np.random.Generator) -> VideoShape:
     """One of the shapes that the scene fits into, the small ones more often: CPUs train on them."""
     shapes = [shape for shape in clip_shapes() if fits(scene, shape)]
-    weights = np.array([1 / (t * (h * w) ** 1.5) for t, h, w in shapes])  # a mean clip of about 15 x 51 x 51
+    weights = np.array([1 / (t * (h * w) ** 1.5) ** 1.5 for t, h, w in shapes])  # a mean video of about 13 x 45 x 45
     return shapes[rng.choice(len(shapes), p=weights / weights.sum())]
 
 

@@ -94,7 +94,7 @@ class TrainState:
 
     Attributes:
         model: already sharded if it is to be.
-        ema: averaged parameters and buffers by name, sharded like the model's.
+        ema: the state dict with averaged parameters, sharded like the model's.
         optimizer: AdamW.
         step: steps done.
     """
@@ -111,16 +111,16 @@ class TrainState:
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.step = 0
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the average towards the weights."""
-        keep = self.config.ema_decay_at(self.step)
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                _local(self.ema[name]).lerp_(_local(value), 1 - keep)
+        weights = [_local(parameter) for parameter in self.model.parameters()]
+        averages = [_local(self.ema[name]) for name, _ in self.model.named_parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay_at(self.step))
 
 
 def _local(value: Tensor) -> Tensor:

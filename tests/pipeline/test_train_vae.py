@@ -1,0 +1,118 @@
+"""What VAE training feeds on and measures: keyed crops, the loss's elements, latent statistics, PSNR."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.recipes import toy_cpu
+from pipeline import media, store
+from pipeline.train_vae import VaeTask, latent_statistics, mean_psnr_db, random_crop, to_video
+from video_dit.vae import VideoVAE
+
+CONFIG = toy_cpu().vae
+SHAPES = [(17, 32, 48), (1, 48, 32), (9, 32, 32)]
+
+
+def clip_video(number):
+    rng = np.random.default_rng(number)
+    return rng.integers(0, 256, (*SHAPES[number], 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def trainee(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+
+    def produce(uri):
+        rows = []
+        for number, (num_frames, height_px, width_px) in enumerate(SHAPES):
+            is_image = num_frames == 1
+            path = folder / f"{number}.{'png' if is_image else 'mp4'}"
+            video_u8 = clip_video(number)
+            path.write_bytes(media.encode_png(video_u8[0]) if is_image else media.encode_mp4(video_u8, 8.0))
+            rows.append(
+                {
+                    "clip_id": f"clip{number}",
+                    "source_uri": str(path),
+                    "start_s": 0.0,
+                    "end_s": num_frames / 8,
+                    "fps": 8.0,
+                    "num_frames": num_frames,
+                    "height_px": height_px,
+                    "width_px": width_px,
+                    "caption": "",
+                    "scores": {},
+                    "lineage": {"source_id": "", "caption_source": "sidecar"},
+                }
+            )
+        return store.Produced(counts={"clips": 3}, files={"clips": [store.write_shard(uri, "clips", rows)]})
+
+    manifest = store.publish_once(str(folder), "curate", "test", {}, [], produce)
+    config = dataclasses.replace(CONFIG, image_steps=10, crop_frames=9, crop_px=32)
+    return VaeTask(clips_uri=manifest.uri, config=config).build()
+
+
+def test_a_crop_is_a_part_of_the_video_and_a_function_of_its_key():
+    video_u8 = np.arange(9 * 40 * 50 * 3, dtype=np.int64).reshape(9, 40, 50, 3)
+    crop = random_crop(video_u8, 5, 32, 0, 7, "clip")
+    assert crop.shape == (5, 32, 32, 3)
+    t, y, x, _ = np.argwhere(video_u8 == crop[0, 0, 0, 0])[0]
+    assert np.array_equal(crop, video_u8[t : t + 5, y : y + 32, x : x + 32])
+    assert np.array_equal(crop, random_crop(video_u8, 5, 32, 0, 7, "clip"))
+    starts = {int(random_crop(video_u8, 5, 32, 0, step, "clip")[0, 0, 0, 0]) for step in range(40)}
+    assert len(starts) > 30
+    assert random_crop(video_u8, 99, 99, 0).shape == (9, 40, 50, 3)
+
+
+def test_pictures_first_then_videos(trainee):
+    assert trainee.sizes == [9, 1, 9]
+    pictures, videos = (trainee.load(step, (0, 1, 2)).videos for step in (9, 10))
+    assert [tuple(video.shape) for video in pictures] == [(3, 3, 1, 32, 32)]
+    assert sorted(tuple(video.shape) for video in videos) == [(1, 3, 1, 32, 32), (2, 3, 9, 32, 32)]
+    assert trainee.num_elements(9, (0, 1, 2)) == sum(video.numel() for video in pictures)
+    assert trainee.num_elements(10, (0, 1, 2)) == sum(video.numel() for video in videos)
+    assert trainee.sample_ids((2, 0)) == ("clip2", "clip0")
+
+
+def test_loss_is_the_squared_error_plus_the_divergence(trainee):
+    batch = trainee.load(10, (2,))
+    loss = trainee.loss_function(trainee.model, batch)
+    assert loss.item() == trainee.loss_function(trainee.model, batch).item()  # its noise has a key too
+    (video,) = batch.videos
+    mean_square = loss.item() / video.numel()
+    assert 0.05 < mean_square < 2
+
+
+def test_statistics_normalise_the_latents():
+    torch.manual_seed(0)
+    vae = VideoVAE(CONFIG.vae).eval()
+    videos = [clip_video(number) for number in range(3)]
+    vae.with_latent_statistics(*latent_statistics(vae, videos))
+    with torch.no_grad():
+        means = [vae.encode(to_video(video_u8[None])).mean[0].flatten(1) for video_u8 in videos]
+    values = torch.cat(means, dim=1)
+    assert torch.allclose(values.mean(dim=1), torch.zeros(16), atol=1e-4)
+    assert torch.allclose(values.std(dim=1), torch.ones(16), atol=1e-3)
+
+
+def test_psnr_is_that_of_its_definition():
+    class Shifted:
+        """Gives the video back, 0.1 too bright."""
+
+        def encode(self, video):
+            self.mean = video
+            return self
+
+        def decode(self, latents):
+            return latents + 0.1
+
+    expected = 10 * np.log10(2**2 / 0.1**2)
+    assert mean_psnr_db(Shifted(), [clip_video(2)]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_crops_must_fit_the_stride():
+    with pytest.raises(ValueError, match="crop_frames=8: must be 1 \\+ a multiple of 4"):
+        dataclasses.replace(CONFIG, crop_frames=8)
+    with pytest.raises(ValueError, match="crop_px=20: must be a multiple of 8"):
+        dataclasses.replace(CONFIG, crop_px=20)
