@@ -40,13 +40,13 @@ def toy_cpu() -> Recipe:
         scale_factor_spatial=8,
     )
     dit = VideoDiTConfig(
-        num_attention_heads=6,
+        num_attention_heads=5,
         attention_head_dim=32,
         in_channels=channels,
         out_channels=channels,
         text_dim=text.dim,
         freq_dim=64,
-        ffn_dim=768,
+        ffn_dim=640,
         num_layers=6,
     )
     generate = GenerateConfig(num_steps=20, guidance_scale=3.0)
@@ -57,20 +57,20 @@ def toy_cpu() -> Recipe:
             vae=vae,
             text=text,
             crop_frames=17,
-            image_steps=800,
-            plan=PlanConfig(token_budget=80, packs_per_step=1),
-            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=2000, weight_decay=0.0, ema_decay=0.98),
+            image_steps=600,
+            plan=PlanConfig(token_budget=60, packs_per_step=2),
+            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=1300, weight_decay=0.0, ema_decay=0.98),
         ),
         encode=EncodeConfig(),
         video=TrainVideoConfig(
             dit=dit,
-            flow=FlowConfig(),
-            plan=PlanConfig(token_budget=2048, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
-            optimizer=OptimizerConfig(learning_rate=1.5e-3, num_steps=600, ema_decay=0.99),
+            flow=FlowConfig(shift=2.0),
+            plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
+            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=1300, ema_decay=0.995),
         ),
         sample=SampleConfig(generate=generate),
         evaluate=EvaluateConfig(num_prompts=200, generate=generate),
-        workers=WorkersConfig(num_workers=1, cpus_per_worker=2, checkpoint_every=100),
+        workers=WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=100, show_every=650),
     )
 
 
@@ -89,7 +89,7 @@ def smoke_cpu() -> Recipe:
         ),
         sample=replace(recipe.sample, num=4, generate=few),
         evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
-        workers=replace(recipe.workers, checkpoint_every=5),
+        workers=replace(recipe.workers, checkpoint_every=5, show_every=10),
     )
 
 

@@ -56,12 +56,14 @@ class LatentDataset:
 
     Attributes:
         clip_ids: of each sample, in the table's order.
+        captions: of each sample.
         shapes: latent frames, rows and columns of each sample.
         fps: the commonest rate of the clips.
     """
 
     def __init__(self, manifest: store.Manifest, cache_bytes: int = 1 << 30) -> None:
         self.clip_ids: list[str] = []
+        self.captions: list[str] = []
         self.shapes: list[LatentShape] = []
         self._places: list[tuple[int, int, int]] = []  # file, row group, row
         rates: Counter[float] = Counter()
@@ -70,8 +72,9 @@ class LatentDataset:
         self._lock = threading.Lock()
         for number, file in enumerate(self._files):
             for group in range(file.num_row_groups):
-                index = file.read_row_group(group, columns=["clip_id", "latents_shape", "fps"]).to_pydict()
+                index = file.read_row_group(group, columns=["clip_id", "latents_shape", "caption", "fps"]).to_pydict()
                 self.clip_ids += index["clip_id"]
+                self.captions += index["caption"]
                 self.shapes += [LatentShape(*shape[1:]) for shape in index["latents_shape"]]
                 self._places += [(number, group, row) for row in range(len(index["clip_id"]))]
                 rates.update(index["fps"])

@@ -36,7 +36,7 @@ COLOURS = {  # saturated, on neutral backgrounds: chroma alone tells them apart
     "magenta": (210, 40, 210),
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
-SIZES_PX = {"small": 10.0, "large": 18.0}  # across
+SIZES_PX = {"small": 16.0, "large": 24.0}  # across
 SPEEDS_PX = {"slow": 0.5, "fast": 1.5}  # a frame, along the direction
 DIRECTIONS = {  # steps in rows and columns
     "still": (0, 0),
@@ -262,7 +262,7 @@ def clip_shapes() -> tuple[VideoShape, ...]:
 def draw_shape(scene: Scene, rng: np.random.Generator) -> VideoShape:
     """One of the shapes that the scene fits into, the small ones more often: CPUs train on them."""
     shapes = [shape for shape in clip_shapes() if fits(scene, shape)]
-    weights = np.array([1 / (t * (h * w) ** 1.5) ** 1.5 for t, h, w in shapes])  # a mean video of about 13 x 45 x 45
+    weights = np.array([1 / (t * (h * w) ** 1.5) ** 1.5 for t, h, w in shapes])  # a mean video of about 12.5 x 48 x 48
     return shapes[rng.choice(len(shapes), p=weights / weights.sum())]
 
 

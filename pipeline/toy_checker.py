@@ -21,10 +21,10 @@ AGREEMENT = 0.9  # share of the frames that must show the same
 BACKGROUND_TOLERANCE = 50  # in each channel, of 255
 NEAR_BACKGROUND = 60  # Euclidean, over the three channels
 MIN_SATURATION = 60  # largest minus smallest channel; the palette has 140 and more, backgrounds 0
-MIN_OBJECT_PX = 20  # the smallest object covers 50
+MIN_OBJECT_PX = 50  # the smallest object covers 128
 BLURS_PX = (0.3, 1.0, 1.7)  # standard deviations: codecs and decoders soften edges
 MIN_OVERLAP = 0.7  # intersection over union with the best template
-SIZE_LIMITS_PX = (7.0, 13.4, 24.0)  # across; the middle one is the geometric mean of small and large
+SIZE_SLACK = 1.35  # an object may be so many times smaller than small or larger than large
 SPEED_LIMITS_PX = (0.25, 0.95, 2.25)  # a frame: still below the first, nothing above the last
 MAX_OFF_PATH_PX = 1.5
 AREA_SHARE = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the bounding box
@@ -236,10 +236,10 @@ def blurring(size: int, blur_px: float) -> Floats:
 
 def size_name(across_px: float) -> str | None:
     """The size class of an object so many pixels across."""
-    lowest, middle, highest = SIZE_LIMITS_PX
-    if not lowest <= across_px < highest:
+    small_px, large_px = toy.SIZES_PX["small"], toy.SIZES_PX["large"]
+    if not small_px / SIZE_SLACK <= across_px < large_px * SIZE_SLACK:
         return None
-    return "small" if across_px < middle else "large"
+    return "small" if across_px < (small_px * large_px) ** 0.5 else "large"
 
 
 def fit_motion(centroids_px: Floats) -> tuple[str | None, str | None]:

@@ -18,10 +18,10 @@ import torch
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from pipeline import progress, store
+from pipeline import media, progress, store
 from pipeline.errors import TrainingDivergedError
 from pipeline.feed import Timed, prefetch
-from pipeline.metrics_log import MetricsLog
+from pipeline.metrics_log import MetricsLog, log_videos
 from pipeline.plan import Pack, PlanConfig, iterate_steps, packs_of_rank
 from video_dit.parallel.apply import parallelize
 from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -37,6 +37,7 @@ class WorkersConfig:
         num_workers: processes that share each step.
         cpus_per_worker, gpus_per_worker: of each.
         checkpoint_every: steps between checkpoints.
+        show_every: steps between model folders, each with videos to look at in TensorBoard; the last step has one too.
         keep_checkpoints: how many are kept.
         max_failures: how often a dead worker group is started again from the last checkpoint.
     """
@@ -45,11 +46,12 @@ class WorkersConfig:
     cpus_per_worker: float = 2
     gpus_per_worker: float = 0
     checkpoint_every: int = 200
+    show_every: int = 1000
     keep_checkpoints: int = 2
     max_failures: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_every", "keep_checkpoints"):
+        for name in ("num_workers", "checkpoint_every", "show_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
@@ -80,6 +82,9 @@ class Trainee(Protocol):
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """Write a model folder from averaged weights; returns figures worth reporting. On one process only."""
+
+    def show(self, folder: str) -> tuple[dict[str, media.Frames], float]:
+        """Videos to look at, t h w 3 by tag, made with an exported folder, and their frames per second."""
 
 
 class Task(Protocol):
@@ -215,9 +220,12 @@ def train_worker(config: dict[str, Any]) -> None:
         metrics = _train_on(state, next(batches), trainee.loss_function, world)
         if log:
             log.write(metrics)
-        if state.step % workers.checkpoint_every == 0 and state.step < task.optimizer.num_steps:
+        is_last = state.step == task.optimizer.num_steps
+        if state.step % workers.checkpoint_every == 0 or is_last:
             _checkpoint(state, world, root, workers, metrics)
-    _finish(state, world, root, workers, trainee)
+        if state.step % workers.show_every == 0 and not is_last:
+            _export(state, world, root, trainee)
+    _export(state, world, root, trainee)
 
 
 def _train_on(
@@ -258,12 +266,12 @@ def _checkpoint(
     ray.train.report(metrics)  # no checkpoint: Ray wants them in its own folder, the run's are found without it
 
 
-def _finish(state: TrainState, world: DistributedWorld, root: Path, workers: WorkersConfig, trainee: Trainee) -> None:
-    latest = latest_checkpoint(root / "checkpoints")
-    if latest is None or latest.name != f"step-{state.step}":
-        _checkpoint(state, world, root, workers, {"step": state.step})
+def _export(state: TrainState, world: DistributedWorld, root: Path, trainee: Trainee) -> None:
     averaged = world.gather_state(state.ema)
     if world.rank == 0:
-        figures = trainee.export(str(root / "models" / f"step-{state.step}"), averaged)
+        folder = str(root / "models" / f"step-{state.step}")
+        figures = trainee.export(folder, averaged)
         store.write_json(str(root / "metrics" / "result.json"), figures)
+        videos, fps = trainee.show(folder)
+        log_videos(root / "metrics", state.step, videos, fps)
     world.barrier()

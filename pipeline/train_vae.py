@@ -19,10 +19,13 @@ from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig
 from pipeline.stages.reader import ClipReader
 from pipeline.train import WorkersConfig, train
+from video_dit.generator import video_to_u8
 from video_dit.random import keyed_generator
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.training import OptimizerConfig
 from video_dit.vae import VideoVAE, VideoVAEConfig
+
+NUM_SHOWN = 4  # clips in TensorBoard each time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class TrainVaeConfig:
     kl_weight: float = 1e-6
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    num_statistics_clips: int = 256
+    num_statistics_clips: int = 128
 
     def __post_init__(self) -> None:
         stride = self.vae.stride
@@ -159,6 +162,18 @@ class VaeTrainee:
         HashedWordEncoder(self.config.text).save_pretrained(folder)
         num_parameters = sum(parameter.numel() for parameter in vae.parameters())
         return {"psnr_db": mean_psnr_db(vae, videos), "num_parameters": num_parameters, "num_clips": len(self.clips)}
+
+    def show(self, folder: str) -> tuple[dict[str, Frames], float]:
+        """A few clips, each beside its reconstruction."""
+        vae = VideoVAE.from_pretrained(folder)
+        shown = {}
+        for place in range(0, len(self.clips), -(-len(self.clips) // NUM_SHOWN)):
+            video_u8 = self._read(place)
+            with torch.no_grad():
+                reconstruction = vae.decode(vae.encode(to_video(video_u8[None])).mean)[0]
+            both = np.concatenate([video_u8, video_to_u8(reconstruction).numpy()], axis=2)
+            shown[f"reconstructions/{place}"] = both
+        return shown, float(self.clips[0]["fps"])
 
     def _crop_frames(self, step: int) -> int:
         return 1 if step < self.config.image_steps else self.config.crop_frames

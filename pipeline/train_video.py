@@ -9,15 +9,18 @@ from torch import Tensor
 
 from pipeline import store
 from pipeline.feed import LatentDataset
+from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import WorkersConfig, train
 from video_dit import weights
 from video_dit.diffusion.losses import FlowBatch, FlowConfig, flow_batch, flow_loss
-from video_dit.generator import save_pipeline_parts
+from video_dit.generator import GenerationRequest, Generator, save_pipeline_parts
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import load_text_encoder
 from video_dit.training import OptimizerConfig
 from video_dit.vae import VideoVAE
+
+NUM_SHOWN = 4  # videos in TensorBoard each time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,3 +140,22 @@ class VideoTrainee:
         save_pipeline_parts(folder, self.text, shift=self.task.flow.shift, fps=self.data.fps)
         num_parameters = sum(value.numel() for value in averaged.values())
         return {"num_parameters": num_parameters, "num_samples": len(self.data)}
+
+    def show(self, folder: str) -> tuple[dict[str, Frames], float]:
+        """Videos of a few training captions, in their clips' shapes."""
+        generator = Generator.from_pretrained(folder)
+        requests = []
+        for number, place in enumerate(range(0, len(self.data), -(-len(self.data) // NUM_SHOWN))):
+            shape = self.data.shapes[place].video(generator.vae.config.stride)
+            requests.append(
+                GenerationRequest(
+                    prompt=self.data.captions[place],
+                    num_frames=shape.t,
+                    height_px=shape.h,
+                    width_px=shape.w,
+                    seed=number,
+                )
+            )
+        videos = generator(requests)
+        tags = [f"samples/{number}: {request.prompt}" for number, request in enumerate(requests)]
+        return {tag: video.numpy() for tag, video in zip(tags, videos, strict=True)}, self.data.fps

@@ -117,8 +117,8 @@ def pack(
             f"{len(latents)} latents, {len(timesteps)} timesteps and {len(texts)} texts: give as many of each"
         )
     grids = [LatentShape(*sample.shape[1:]).grid(patch) for sample in latents]
-    # Equal shapes side by side, so that attention runs them as one batch.
-    order = sorted(range(len(latents)), key=lambda i: (grids[i], texts[i].shape[0]))
+    # Equal lengths side by side, so that attention runs them as one batch.
+    order = sorted(range(len(latents)), key=lambda i: (grids[i].num_tokens, texts[i].shape[0]))
     grids = [grids[i] for i in order]
     text_lengths = [texts[i].shape[0] for i in order]
     lengths = [grid.num_tokens for grid in grids]

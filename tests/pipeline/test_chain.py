@@ -1,6 +1,7 @@
 """The whole way, small: every hop real, rows conserved, one worker like two, a killed run like an undisturbed one."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.recipes import smoke_cpu
 from pipeline import media, store
@@ -78,6 +81,23 @@ def test_training_is_logged_and_ends_with_a_model_folder(model, recipe):
     }
     assert read_limits(model.uri).stride == (4, 16, 16)
     assert open_model(model.run.uri) == open_model(model.uri) == model
+
+
+def test_tensorboard_has_scalars_and_clips_that_play(model, latents):
+    board = EventAccumulator(str(Path(model.run.uri) / "metrics"), {"images": 0, "scalars": 0})
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(20))
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses_of(model.run), rel=1e-6)
+    tags = board.Tags()["images"]
+    assert len(tags) == 4
+    captions = latents.read("latents", ["caption"]).column(0).to_pylist()
+    for tag in tags:
+        assert tag.split(": ")[1] in captions
+        assert [event.step for event in board.Images(tag)] == [10, 20]
+        event = board.Images(tag)[-1]
+        with Image.open(io.BytesIO(event.encoded_image_string)) as gif:
+            assert gif.format == "GIF"
+            assert (gif.width, gif.height) == (event.width, event.height)
 
 
 def test_samples_and_scores_are_published(chain, model):
