@@ -89,7 +89,7 @@ def smoke_cpu() -> Recipe:
         ),
         sample=replace(recipe.sample, num=4, generate=few),
         evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
-        workers=replace(recipe.workers, checkpoint_every=5, show_every=10),
+        workers=replace(recipe.workers, num_workers=1, cpus_per_worker=1, checkpoint_every=5, show_every=10),
     )
 
 

@@ -186,9 +186,10 @@ def publish_once(
         parents: the published inputs.
         produce: writes files below the folder it is given and says what it made.
     """
+    settings = json.loads(json.dumps(dict(config)))  # as it will be read again: lists for tuples
     identity = {
         "verb": verb,
-        "config": dict(config),
+        "config": settings,
         "parents": [parent.hash for parent in parents],
         "schema_version": schema.SCHEMA_VERSION,
         "code_version": __version__,
@@ -208,7 +209,7 @@ def publish_once(
         counts=produced.counts,
         files=produced.files,
         code_version=__version__,
-        config=dict(config),
+        config=settings,
     )
     write_report(uri, {**produced.counts, **produced.measures}, time.monotonic() - start_s)
     write_json(join(uri, MANIFEST), dataclasses.asdict(manifest))

@@ -18,7 +18,7 @@ from video_dit.generator import GenerationRequest, Generator, save_pipeline_part
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import load_text_encoder
 from video_dit.training import OptimizerConfig
-from video_dit.vae import VideoVAE
+from video_dit.vae import VideoVAE, VideoVAEConfig
 
 NUM_SHOWN = 4  # videos in TensorBoard each time
 
@@ -51,7 +51,11 @@ def train_video(
         latents: what `encode` published; names the model folder with the VAE it was made with.
         storage: root of all results; a file system that all workers share.
         name: of the run.
+
+    Raises:
+        ValueError: the transformer's sizes do not fit the latents, or workers cannot share the storage.
     """
+    _check_fits(config.dit, encoder_folder(latents))
     task = VideoTask(
         latents_uri=latents.uri, dit=config.dit, flow=config.flow, plan=config.plan, optimizer=config.optimizer
     )
@@ -63,6 +67,17 @@ def train_video(
         [latents],
         lambda folder: train(task, workers, folder, "video transformer"),
     )
+
+
+def _check_fits(dit: VideoDiTConfig, encoder: str) -> None:
+    channels = weights.read_config(VideoVAEConfig, encoder, "vae").z_dim
+    for name, value, found in (
+        ("in_channels", dit.in_channels, channels),
+        ("out_channels", dit.out_channels, channels),
+        ("text_dim", dit.text_dim, load_text_encoder(encoder).dim),
+    ):
+        if value != found:
+            raise ValueError(f"dit.{name}={value}, but the encoded clips have {found}: set dit.{name} to {found}")
 
 
 def encoder_folder(latents: store.Manifest) -> str:
@@ -95,21 +110,10 @@ class VideoTrainee:
         self.encoder_folder = encoder_folder(manifest)
         self.data = LatentDataset(manifest)
         self.text = load_text_encoder(self.encoder_folder)
-        self._check()
         self.sizes = self.data.num_tokens(task.dit.patch)
         self.model = VideoDiT(task.dit)
         self.loss_function = flow_loss
         self.empty_text = self.text([""])[0]
-
-    def _check(self) -> None:
-        channels = self.data[0].latents.shape[0]
-        for name, value, found in (
-            ("dit.in_channels", self.task.dit.in_channels, channels),
-            ("dit.out_channels", self.task.dit.out_channels, channels),
-            ("dit.text_dim", self.task.dit.text_dim, self.text.dim),
-        ):
-            if value != found:
-                raise ValueError(f"{name}={value}, but the encoded clips have {found}: set {name} to {found}")
 
     def num_elements(self, step: int, pack: Pack) -> float:
         """Tokens of the pack."""

@@ -115,7 +115,8 @@ class Block(nn.Module):
         cross_segments: Segments,
     ) -> Tensor:
         """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2 -> n d."""
-        table = (self.modulation.float() + time)[frame_of_token].unbind(1)  # six of n d
+        # index_select, not [...]: its backward adds up in a fixed order, whatever the number of threads
+        table = (self.modulation.float() + time).index_select(0, frame_of_token).unbind(1)  # six of n d
         attention, mlp = Modulation(*table[:3]), Modulation(*table[3:])
         y = modulate(x, attention.shift, attention.scale, self.eps)
         x = gated(x, self.self_attention(y, rotation, self_segments), attention.gate)
@@ -137,7 +138,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, frame_of_token: Tensor) -> Tensor:
         """x n d, time f d -> n (c pt ph pw)."""
-        shift, scale = (self.modulation.float() + time[:, None])[frame_of_token].unbind(1)  # n d each
+        shift, scale = (self.modulation.float() + time[:, None]).index_select(0, frame_of_token).unbind(1)  # n d each
         patches = self.out(modulate(x, shift, scale, self.eps))  # n (pt ph pw c)
         return rearrange(patches, "n (p c) -> n (c p)", c=self.channels)
 

@@ -146,6 +146,9 @@ class MicroBatch:
 LossFunction = Callable[[nn.Module, Any], Tensor]  # the sum of the loss over the micro-batch's elements
 
 
+NUM_NAMED = 16  # samples in an error message
+
+
 class NotFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite; the weights were not touched."""
 
@@ -184,8 +187,10 @@ def train_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_norm)
     norm_value = float(world.whole(grad_norm))
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        ids = ", ".join(name for batch in micro_batches for name in batch.sample_ids)
-        raise NotFiniteError(f"step {state.step}: loss={loss_value}, grad_norm={norm_value}; samples: {ids}")
+        ids = [name for batch in micro_batches for name in batch.sample_ids]
+        more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
+        figures = f"loss={loss_value}, grad_norm={norm_value}"
+        raise NotFiniteError(f"step {state.step}: {figures}; samples: {', '.join(ids[:NUM_NAMED])}{more}")
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.update_ema()

@@ -94,4 +94,4 @@ def test_relative_storage_of_a_submitted_job_outlives_it(cluster):
 def test_without_the_token_nothing_is_accepted(cluster):
     run = submit(cluster, "jobs/make_toy_clips.py", "smoke_cpu", RAY_AUTH_TOKEN="wrong" * 8)
     assert run.returncode != 0
-    assert "nauth" in run.stdout + run.stderr
+    assert "authentication" in run.stdout + run.stderr
