@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,10 +153,10 @@ def train(task: Task, workers: WorkersConfig, folder: str, label: str) -> store.
 def _fit(trainer: TorchTrainer) -> None:
     try:
         trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            if NotFiniteError.__name__ in str(failure):
-                raise TrainingDivergedError(str(failure).strip().splitlines()[-1]) from error
+    except ray.train.WorkerGroupError as error:  # tells of the worker's exception in words only
+        diverged = re.search(rf"{NotFiniteError.__name__}: (step .*)", str(error))
+        if diverged:
+            raise TrainingDivergedError(diverged[1]) from error
         raise
 
 
