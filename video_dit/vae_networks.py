@@ -106,7 +106,7 @@ def initialize(network: nn.Module, spread: float = 0.1) -> None:
     Convolutions are orthogonal maps of channels at their centre (delta-orthogonal: Xiao et al., arXiv 1806.05393) that
     look at the current frame alone, plus `spread` of PyTorch's own draw over rows and columns; residual blocks start as
     the identity; time is halved by averaging pairs of frames and doubled by repeating them. With PyTorch's default a
-    small VAE stays for thousands of steps at grey blobs where the colours should be.
+    small VAE stays for over a thousand steps at grey blobs where the colours should be.
     """
     if any(parameter.is_meta for parameter in network.parameters()):
         return
