@@ -26,6 +26,7 @@ from video_dit.shapes import VideoShape
 Floats = NDArray[np.floating[Any]]
 
 FPS = 8.0
+FRAMING_PX = 2.0  # the middle of the path lies so near the middle of the frame: whoever filmed it took aim
 MARGIN_PX = 1.0  # kept free around the object, so that its soft edge stays inside as well
 COLOURS = {  # saturated, on neutral backgrounds: chroma alone tells them apart
     "red": (220, 40, 40),
@@ -37,7 +38,7 @@ COLOURS = {  # saturated, on neutral backgrounds: chroma alone tells them apart
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 SIZES_PX = {"small": 16.0, "large": 24.0}  # across
-SPEEDS_PX = {"slow": 0.5, "fast": 1.5}  # a frame, along the direction
+SPEEDS_PX = {"slow": 1.0, "fast": 2.0}  # a frame, along each axis the object moves on
 DIRECTIONS = {  # steps in rows and columns
     "still": (0, 0),
     "right": (0, 1),
@@ -106,8 +107,7 @@ class Scene:
     @functools.cached_property
     def velocity_px(self) -> Floats:
         """Rows and columns a frame."""
-        step = np.array(DIRECTIONS[self.direction or "still"], np.float64)
-        return step / max(1.0, float(np.linalg.norm(step))) * SPEEDS_PX.get(self.speed or "", 0.0)
+        return np.array(DIRECTIONS[self.direction or "still"]) * SPEEDS_PX.get(self.speed or "", 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,6 +228,13 @@ def start_range(scene: Scene, shape: VideoShape) -> tuple[Floats, Floats]:
     return reach_px - np.minimum(0, travel_px), np.array(shape[1:]) - reach_px - np.maximum(0, travel_px)
 
 
+def draw_start(scene: Scene, shape: VideoShape, rng: np.random.Generator) -> Floats:
+    """A start (row, column) that keeps the object inside and its path near the middle of the frame."""
+    lowest, highest = start_range(scene, shape)
+    centred = (lowest + highest) / 2
+    return rng.uniform(np.maximum(lowest, centred - FRAMING_PX), np.minimum(highest, centred + FRAMING_PX))
+
+
 def fits(scene: Scene, shape: VideoShape) -> bool:
     """Whether the whole motion fits into the frame, and an image scene meets an image shape."""
     lowest, highest = start_range(scene, shape)
@@ -262,7 +269,7 @@ def clip_shapes() -> tuple[VideoShape, ...]:
 def draw_shape(scene: Scene, rng: np.random.Generator) -> VideoShape:
     """One of the shapes that the scene fits into, the small ones more often: CPUs train on them."""
     shapes = [shape for shape in clip_shapes() if fits(scene, shape)]
-    weights = np.array([1 / (t * (h * w) ** 1.5) ** 1.5 for t, h, w in shapes])  # a mean video of about 12.5 x 48 x 48
+    weights = np.array([1 / (t**1.5 * (h * w) ** 3) for t, h, w in shapes])  # a mean video of about 10.7 x 51 x 51
     return shapes[rng.choice(len(shapes), p=weights / weights.sum())]
 
 
@@ -272,7 +279,7 @@ def toy_clip(config: ToyConfig, index: int) -> ToyClip:
     scenes = select_scenes(images=bool(rng.random() < config.image_share), held_out=False)
     scene = scenes[rng.integers(len(scenes))]
     shape = draw_shape(scene, rng)
-    start = rng.uniform(*start_range(scene, shape))
+    start = draw_start(scene, shape, rng)
     return ToyClip(scene, caption(scene, int(rng.integers(NUM_VARIANTS))), render(scene, *shape, start))
 
 

@@ -25,8 +25,8 @@ MIN_OBJECT_PX = 50  # the smallest object covers 128
 BLURS_PX = (0.3, 1.0, 1.7)  # standard deviations: codecs and decoders soften edges
 MIN_OVERLAP = 0.7  # intersection over union with the best template
 SIZE_SLACK = 1.35  # an object may be so many times smaller than small or larger than large
-SPEED_LIMITS_PX = (0.25, 0.95, 2.25)  # a frame: still below the first, nothing above the last
-MAX_OFF_PATH_PX = 1.5
+SPEED_LIMITS_PX = (0.5, 1.45, 3.0)  # a frame, along the faster axis: still below the first, nothing above the last
+MAX_OFF_PATH_PX = 2.0
 AREA_SHARE = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the bounding box
 CENTROID_BELOW_MIDDLE = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # of the height
 
@@ -253,7 +253,7 @@ def fit_motion(centroids_px: Floats) -> tuple[str | None, str | None]:
     velocity_px = np.median(slopes, axis=0)
     path = centroids_px - steps[:, None] * velocity_px
     off_path_px = np.linalg.norm(path - np.median(path, axis=0), axis=1)
-    speed_px = float(np.linalg.norm(velocity_px))
+    speed_px = float(np.abs(velocity_px).max())
     still, slow, fast = SPEED_LIMITS_PX
     if np.mean(off_path_px <= MAX_OFF_PATH_PX) < AGREEMENT or speed_px > fast:
         return None, None

@@ -211,14 +211,14 @@ def train_worker(config: dict[str, Any]) -> None:
     trainee = task.build()
     device = get_device()
     world = DistributedWorld(device.type)
-    state = TrainState(parallelize(trainee.model.to(device), world.mesh), task.optimizer)
+    state = TrainState(parallelize(trainee.model.to(device), world.mesh), task.optimizer, world)
     latest = latest_checkpoint(root / "checkpoints")
     if latest:
         load_checkpoint(latest, state)
     log = MetricsLog(root / "metrics", start_step=state.step) if world.rank == 0 else None
     batches = prefetch(_batches(task, trainee, world, state.step))
     while state.step < task.optimizer.num_steps:
-        metrics = _train_on(state, next(batches), trainee.loss_function, world)
+        metrics = _train_on(state, next(batches), trainee.loss_function)
         if log:
             log.write(metrics)
         is_last = state.step == task.optimizer.num_steps
@@ -229,11 +229,9 @@ def train_worker(config: dict[str, Any]) -> None:
     _export(state, world, root, trainee)
 
 
-def _train_on(
-    state: TrainState, batch: Timed[StepBatch], loss: LossFunction, world: DistributedWorld
-) -> dict[str, float]:
+def _train_on(state: TrainState, batch: Timed[StepBatch], loss: LossFunction) -> dict[str, float]:
     with progress.Stopwatch() as watch:
-        metrics = train_step(state, batch.value.micro_batches, loss, batch.value.num_elements, world)
+        metrics = train_step(state, batch.value.micro_batches, loss, batch.value.num_elements)
     return {
         "step": batch.value.step,
         **metrics,

@@ -23,6 +23,7 @@ from video_dit.layers import (
     modulate,
     timestep_embedding,
 )
+from video_dit.muon import Matrix
 from video_dit.packing import PackedBatch
 from video_dit.rope import rotations
 from video_dit.shapes import Stride, TokenGrid
@@ -191,6 +192,15 @@ class VideoDiT(nn.Module):
         for block in self.blocks:
             x = block(x, text, shared, packed.frame_of_token, rotation, packed.self_segments, packed.cross_segments)
         return self.head(x, time, packed.frame_of_token)  # n (c pt ph pw)
+
+    def hidden_matrices(self) -> list[Matrix]:
+        """The blocks' linear maps: what Muon may train."""
+        fused = {"qkv": 3, "kv": 2}
+        return [
+            Matrix(module.get_parameter("weight"), fused.get(name.rsplit(".", 1)[-1], 1))
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
 
     def _rotation(self, packed: PackedBatch) -> Tensor:
         device = packed.tokens.device

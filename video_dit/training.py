@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from video_dit.muon import Matrix, Muon
 
 
 class World(Protocol):
@@ -26,6 +28,17 @@ class World(Protocol):
 
     def whole(self, value: Tensor) -> Tensor:
         """A tensor that may be sharded over the processes, as a plain one."""
+
+    def shard(self, value: Tensor, like: Tensor) -> Tensor:
+        """A plain tensor, equal on all processes, sharded like another one."""
+
+
+@runtime_checkable
+class HasMatrices(Protocol):
+    """A model that Muon can train."""
+
+    def hidden_matrices(self) -> list[Matrix]:
+        """The linear maps between hidden layers."""
 
 
 class SingleProcess:
@@ -42,29 +55,37 @@ class SingleProcess:
         """The value itself."""
         return value
 
+    def shard(self, value: Tensor, like: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with warm-up, cosine decay, clipping and an average of the weights.
+    """AdamW (arXiv 1711.05101), Muon if wanted, with warm-up, cosine decay, clipping and an average of the weights.
 
     Attributes:
         learning_rate: at its highest, after the warm-up.
+        matrix_learning_rate: of Muon on the model's hidden matrices, likewise; None trains them by AdamW as well.
         final_fraction: of the learning rate that is left at the last step.
         warmup_steps: linear warm-up.
         num_steps: steps in all; the decay ends there.
         weight_decay: on matrices and convolutions; never on biases, norms and tables.
-        beta1, beta2: of the moments.
+        beta1, beta2: of AdamW's moments.
+        momentum: of Muon.
         clip_norm: the gradient's largest norm.
         ema_decay: of the average, reached gradually: min(ema_decay, (1 + step) / (10 + step)).
     """
 
     learning_rate: float = 1e-3
+    matrix_learning_rate: float | None = None
     final_fraction: float = 0.05
     warmup_steps: int = 50
     num_steps: int = 1000
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
+    momentum: float = 0.95
     clip_norm: float = 1.0
     ema_decay: float = 0.999
 
@@ -72,17 +93,19 @@ class OptimizerConfig:
         for name in ("learning_rate", "num_steps", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("final_fraction", "beta1", "beta2", "ema_decay"):
+        if self.matrix_learning_rate is not None and self.matrix_learning_rate <= 0:
+            raise ValueError(f"matrix_learning_rate={self.matrix_learning_rate}: must be positive, or None for AdamW")
+        for name in ("final_fraction", "beta1", "beta2", "momentum", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., num_steps - 1."""
+    def fraction_at(self, step: int) -> float:
+        """Share of the highest learning rates at step 0, 1, ..., num_steps - 1."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+            return (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        return self.final_fraction + (1 - self.final_fraction) * cosine
 
     def ema_decay_at(self, step: int) -> float:
         """Decay of the average after step 0, 1, ...; small first, so that the start is soon forgotten."""
@@ -90,37 +113,80 @@ class OptimizerConfig:
 
 
 class TrainState:
-    """Model, average of its weights, optimizer and the number of steps done.
+    """Model, average of its weights, optimizers and the number of steps done.
+
+    Args:
+        model: already sharded if it is to be.
+        config: of the optimizers.
+        world: the processes.
 
     Attributes:
-        model: already sharded if it is to be.
         ema: the state dict with averaged parameters, sharded like the model's.
-        optimizer: AdamW.
+        optimizers: AdamW, and Muon if the config has it.
         step: steps done.
+
+    Raises:
+        ValueError: Muon for a model that does not tell its hidden matrices.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, world: World) -> None:
         self.model = model
         self.config = config
+        self.world = world
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        decayed = [p for p in model.parameters() if p.ndim >= 2 and p.shape[0] > 1]
-        others = [p for p in model.parameters() if not (p.ndim >= 2 and p.shape[0] > 1)]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizers = _optimizers(model, config, world)
         self.step = 0
 
+    def update(self) -> None:
+        """One step of all optimizers and of the average, from the gradients, which are then gone."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * self.config.fraction_at(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._update_ema()
+        self.step += 1
+
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Move the average towards the weights."""
+    def _update_ema(self) -> None:
         weights = [_local(parameter) for parameter in self.model.parameters()]
         averages = [_local(self.ema[name]) for name, _ in self.model.named_parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay_at(self.step))
+
+
+def _optimizers(model: nn.Module, config: OptimizerConfig, world: World) -> list[torch.optim.Optimizer]:
+    matrices: list[Matrix] = []
+    if config.matrix_learning_rate is not None:
+        if not isinstance(model, HasMatrices):
+            raise ValueError(
+                f"matrix_learning_rate={config.matrix_learning_rate}: {type(model).__name__} does not tell its hidden "
+                "matrices, must be None"
+            )
+        matrices = model.hidden_matrices()
+    in_muon = {id(matrix.parameter) for matrix in matrices}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if id(parameter) not in in_muon:
+            (decayed if parameter.ndim >= 2 and parameter.shape[0] > 1 else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    if config.matrix_learning_rate is None:
+        return [adamw]
+    muon = Muon(
+        matrices,
+        lr=config.matrix_learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        world=world,
+    )
+    return [adamw, muon]
 
 
 def _local(value: Tensor) -> Tensor:
@@ -158,7 +224,6 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     loss_function: LossFunction,
     num_elements: float,
-    world: World,
 ) -> dict[str, float]:
     """One update from all micro-batches of all processes.
 
@@ -167,7 +232,6 @@ def train_step(
         micro_batches: this process's share, as many in every process.
         loss_function: (model, inputs) -> loss summed over elements (tokens, pixels).
         num_elements: of the whole step, over all processes: the loss is the mean over them.
-        world: the processes.
 
     Returns:
         loss, grad_norm and lr of the step.
@@ -175,9 +239,8 @@ def train_step(
     Raises:
         NotFiniteError: before the update, naming the step and this process's samples.
     """
-    rate = state.config.rate_at(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    world = state.world
+    rate = state.config.learning_rate * state.config.fraction_at(state.step)
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
         loss = loss_function(state.model, batch.inputs) * (batch.weight / num_elements)
@@ -191,8 +254,5 @@ def train_step(
         more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
         figures = f"loss={loss_value}, grad_norm={norm_value}"
         raise NotFiniteError(f"step {state.step}: {figures}; samples: {', '.join(ids[:NUM_NAMED])}{more}")
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.update_ema()
-    state.step += 1
+    state.update()
     return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}

@@ -128,8 +128,8 @@ def test_render_moves_by_the_stated_pixels_and_stays_inside():
             border = np.concatenate([video_u8[:, [0, -1]].reshape(-1, 3), video_u8[:, :, [0, -1]].reshape(-1, 3)])
             assert (border == toy.BACKGROUNDS[scene.background]).all()
     velocity_px = moving(direction="down left", speed="fast").velocity_px
-    np.testing.assert_allclose(velocity_px, np.array([1.5, -1.5]) / np.sqrt(2))
-    np.testing.assert_array_equal(film(moving(), (30, 20))[4], film(moving(), (30, 22))[0])
+    np.testing.assert_allclose(velocity_px, [2, -2])
+    np.testing.assert_array_equal(film(moving(), (30, 20))[4], film(moving(), (30, 24))[0])
 
 
 def test_render_refuses_what_does_not_fit():
@@ -137,8 +137,8 @@ def test_render_refuses_what_does_not_fit():
         film(moving(), (30, 5))
     with pytest.raises(ValueError, match="start="):
         film(toy.Scene(**RED_CIRCLE))
-    assert not toy.fits(moving(speed="fast"), VideoShape(17, 64, 49))  # 24 + 24 + 2 columns
-    assert toy.fits(moving(speed="fast"), VideoShape(17, 32, 50))
+    assert not toy.fits(moving(speed="fast"), VideoShape(17, 64, 57))  # 32 + 24 + 2 columns
+    assert toy.fits(moving(speed="fast"), VideoShape(17, 32, 58))
 
 
 def test_toy_clip_is_a_pure_function_of_seed_and_index(clips):
@@ -158,7 +158,7 @@ def test_clips_are_small_varied_and_never_held_out(clips):
     assert {VideoShape(*shape) for shape in shapes.tolist()} <= set(toy.clip_shapes())
     assert np.mean([scene.is_image for scene in scenes]) == pytest.approx(0.15, abs=0.04)
     videos = shapes[shapes[:, 0] > 1]
-    assert videos.mean(0) == pytest.approx([12.5, 48, 48], rel=0.1)
+    assert videos.mean(0) == pytest.approx([10.7, 51, 51], rel=0.1)
     assert set(videos[:, 0]) == {9, 17, 25, 33}
 
 
@@ -259,10 +259,10 @@ def spoiled() -> dict[str, np.ndarray]:
         "stops": np.concatenate(
             [film(moving(speed="fast"))[:half], film(moving(speed="fast"))[half : half + 1].repeat(9, 0)]
         ),
-        "two alike": beside((46, 43)),
-        "two close": beside((20, 38)),
-        "a second one, small": beside((55, 47), size="small"),
-        "a second one, small and blue": beside((55, 47), size="small", colour="blue"),
+        "two alike": beside((48, 33)),
+        "two close": beside((45, 16)),
+        "a second one, small": beside((54, 38), size="small"),
+        "a second one, small and blue": beside((54, 38), size="small", colour="blue"),
         "a second one, overlapping": beside((33, 22), shape="square", colour="blue"),
         "blank": blank,
         "noise": rng.integers(0, 256, good.shape, dtype=np.uint8),

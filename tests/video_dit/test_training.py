@@ -32,15 +32,15 @@ def test_accumulated_steps_equal_plain_adamw_on_the_whole_batch():
     model, x, y = random_problem()
     peer = copy.deepcopy(model)
     config = OptimizerConfig(warmup_steps=2, num_steps=10, clip_norm=0.5, weight_decay=0.1)
-    state = TrainState(model, config)
+    state = TrainState(model, config, SingleProcess())
     optimizer = torch.optim.AdamW(
         [{"params": [peer.weight], "weight_decay": 0.1}, {"params": [peer.bias], "weight_decay": 0.0}],
         betas=(config.beta1, config.beta2),
     )
     for step in range(10):
-        metrics = train_step(state, micro_batches(x, y, [1, 4, 1]), squared_error, y.numel(), SingleProcess())
+        metrics = train_step(state, micro_batches(x, y, [1, 4, 1]), squared_error, y.numel())
         for group in optimizer.param_groups:
-            group["lr"] = config.rate_at(step)
+            group["lr"] = config.learning_rate * config.fraction_at(step)
         loss = (peer(x) - y).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -57,28 +57,28 @@ def test_weight_zero_adds_nothing():
     twin = copy.deepcopy(model)
     idle = MicroBatch(inputs=(x * 5, y), weight=0.0, sample_ids=())
     config = OptimizerConfig()
-    train_step(TrainState(model, config), [*micro_batches(x, y, [6]), idle], squared_error, 12, SingleProcess())
-    train_step(TrainState(twin, config), micro_batches(x, y, [6]), squared_error, 12, SingleProcess())
+    train_step(TrainState(model, config, SingleProcess()), [*micro_batches(x, y, [6]), idle], squared_error, 12)
+    train_step(TrainState(twin, config, SingleProcess()), micro_batches(x, y, [6]), squared_error, 12)
     assert torch.equal(model.weight, twin.weight)
 
 
 def test_average_follows_its_closed_form():
     model, x, y = random_problem()
     config = OptimizerConfig(ema_decay=0.6)
-    state = TrainState(model, config)
+    state = TrainState(model, config, SingleProcess())
     expected = model.weight.detach().clone()
     for step in range(20):
-        train_step(state, micro_batches(x, y, [6]), squared_error, 12, SingleProcess())
+        train_step(state, micro_batches(x, y, [6]), squared_error, 12)
         keep = min(0.6, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * model.weight.detach()
     assert torch.allclose(state.ema["weight"], expected, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_decays():
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=3, num_steps=103, final_fraction=0.1)
-    assert [config.rate_at(step) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert config.rate_at(53) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert config.rate_at(103) == pytest.approx(0.2)
+    config = OptimizerConfig(warmup_steps=3, num_steps=103, final_fraction=0.1)
+    assert [config.fraction_at(step) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert config.fraction_at(53) == pytest.approx(0.1 + 0.9 / 2)
+    assert config.fraction_at(103) == pytest.approx(0.1)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     y[2] = math.inf
     with pytest.raises(NotFiniteError, match=r"step 0: loss=inf.*clip0, clip1"):
         train_step(
-            TrainState(model, OptimizerConfig()), micro_batches(x, y, [3, 3]), squared_error, 12, SingleProcess()
+            TrainState(model, OptimizerConfig(), SingleProcess()), micro_batches(x, y, [3, 3]), squared_error, 12
         )
     assert torch.equal(model.weight, before)
 
@@ -97,3 +97,11 @@ def test_config_names_the_field():
         OptimizerConfig(learning_rate=0)
     with pytest.raises(ValueError, match=r"ema_decay=1\.5"):
         OptimizerConfig(ema_decay=1.5)
+    with pytest.raises(ValueError, match="matrix_learning_rate=-1"):
+        OptimizerConfig(matrix_learning_rate=-1)
+
+
+def test_muon_wants_a_model_that_tells_its_matrices():
+    model, _, _ = random_problem()
+    with pytest.raises(ValueError, match=r"matrix_learning_rate=0\.02: Linear does not tell"):
+        TrainState(model, OptimizerConfig(matrix_learning_rate=0.02), SingleProcess())

@@ -46,7 +46,9 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
     """Restore a state in place; the number of processes may differ from the one that saved."""
     values = _as_dict(state)
     load(values, checkpoint_id=checkpoint)
-    set_state_dict(state.model, state.optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
+    set_state_dict(
+        state.model, state.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
+    )
     state.ema = values["ema"]
     state.step = int(values["step"])
 
@@ -82,5 +84,5 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    model, optimizer = get_state_dict(state.model, state.optimizer)
+    model, optimizer = get_state_dict(state.model, state.optimizers)
     return {"model": model, "optimizer": optimizer, "ema": state.ema, "step": state.step}

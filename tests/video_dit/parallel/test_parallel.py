@@ -1,5 +1,7 @@
 """FSDP2 over gloo processes on the CPU: many processes compute what one does, and checkpoints move between them."""
 
+import dataclasses
+import functools
 import socket
 
 import pytest
@@ -32,13 +34,16 @@ SIZES = {
     "num_layers": 2,
 }
 PATCH = Stride(1, 2, 2)
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, num_steps=12)
+ADAMW = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, num_steps=12)
+OPTIMIZERS = {"adamw": ADAMW, "muon": dataclasses.replace(ADAMW, matrix_learning_rate=0.02)}
 
 
-def new_state(mesh=None):
+def new_state(method, world):
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(**SIZES))
-    return TrainState(parallelize(model, mesh) if mesh else model, OPTIMIZER)
+    return TrainState(
+        parallelize(model, world.mesh) if isinstance(world, DistributedWorld) else model, OPTIMIZERS[method], world
+    )
 
 
 def packs_of_step(step):
@@ -54,8 +59,8 @@ def packs_of_step(step):
     return packs
 
 
-def run_steps(state, world, until):
-    losses = []
+def run_steps(state, until):
+    losses, world = [], state.world
     while state.step < until:
         packs = packs_of_step(state.step)
         num_tokens = sum(batch.packed.num_tokens for batch in packs)
@@ -64,18 +69,18 @@ def run_steps(state, world, until):
         for place in range(world.rank, rounds * world.size, world.size):
             weight = 1.0 if place < len(packs) else 0.0
             mine.append(MicroBatch(inputs=packs[place % len(packs)], weight=weight, sample_ids=()))
-        losses.append(train_step(state, mine, flow_loss, num_tokens, world)["loss"])
+        losses.append(train_step(state, mine, flow_loss, num_tokens)["loss"])
     return losses
 
 
-def worker(rank, size, port, folder, resume, queue):
+def worker(rank, size, port, folder, method, resume, queue):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     torch.set_num_threads(1)
     world = DistributedWorld("cpu")
-    state = new_state(world.mesh)
+    state = new_state(method, world)
     if resume:
         load_checkpoint(latest_checkpoint(folder), state)
-    losses = run_steps(state, world, 6 if not resume else 12)
+    losses = run_steps(state, 6 if not resume else 12)
     save_checkpoint(folder, state, world)
     averaged = world.gather_state(state.ema)
     if rank == 0:
@@ -84,30 +89,31 @@ def worker(rank, size, port, folder, resume, queue):
     dist.destroy_process_group()
 
 
-def launch(size, folder, resume=False):
+def launch(size, folder, method, resume=False):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(worker, args=(size, port, folder, resume, queue), nprocs=size, join=False)
+    context = mp.spawn(worker, args=(size, port, folder, method, resume, queue), nprocs=size, join=False)
     losses, averaged = queue.get()
     context.join()
     return losses, {name: torch.from_numpy(value) for name, value in averaged.items()}
 
 
-@pytest.fixture(scope="module")
-def single():
+@functools.cache
+def single(method):
     """Losses and averaged weights of one plain process, no sharding anywhere."""
-    state = new_state()
-    return run_steps(state, SingleProcess(), 12), state.ema
+    state = new_state(method, SingleProcess())
+    return run_steps(state, 12), state.ema
 
 
+@pytest.mark.parametrize("method", list(OPTIMIZERS))
 @pytest.mark.parametrize(("first_size", "second_size"), [(2, 1), (1, 2)])
-def test_processes_and_a_resume_on_another_number_of_them_change_nothing(single, tmp_path, first_size, second_size):
-    losses, averaged = single
-    first_losses, _ = launch(first_size, tmp_path)
+def test_processes_and_a_resume_on_another_number_of_them_change_nothing(tmp_path, method, first_size, second_size):
+    losses, averaged = single(method)
+    first_losses, _ = launch(first_size, tmp_path, method)
     assert first_losses == pytest.approx(losses[:6], abs=1e-5)
-    second_losses, second_averaged = launch(second_size, tmp_path, resume=True)
+    second_losses, second_averaged = launch(second_size, tmp_path, method, resume=True)
     assert second_losses == pytest.approx(losses[6:], abs=1e-5)
     for name, value in averaged.items():
         assert torch.allclose(second_averaged[name], value, atol=1e-4), name
