@@ -40,16 +40,16 @@ def toy_cpu() -> Recipe:
         scale_factor_spatial=8,
     )
     dit = VideoDiTConfig(
-        num_attention_heads=5,
+        num_attention_heads=4,
         attention_head_dim=32,
         in_channels=channels,
         out_channels=channels,
         text_dim=text.dim,
         freq_dim=64,
-        ffn_dim=640,
-        num_layers=6,
+        ffn_dim=512,
+        num_layers=4,
     )
-    generate = GenerateConfig(num_steps=20, guidance_scale=3.0)
+    generate = GenerateConfig(num_steps=20, guidance_scale=2.0)
     return Recipe(
         toy=ToyConfig(num_clips=3000),
         curate=CurateConfig(fps=8.0, max_frames=33, max_side_px=96, max_pixels_px=96 * 96),
@@ -64,13 +64,13 @@ def toy_cpu() -> Recipe:
         encode=EncodeConfig(),
         video=TrainVideoConfig(
             dit=dit,
-            flow=FlowConfig(shift=2.0),
+            flow=FlowConfig(shift=3.0),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
-            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=1300, ema_decay=0.995),
+            optimizer=OptimizerConfig(learning_rate=5e-3, matrix_learning_rate=0.05, num_steps=2000, ema_decay=0.995),
         ),
         sample=SampleConfig(generate=generate),
         evaluate=EvaluateConfig(num_prompts=200, generate=generate),
-        workers=WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=100, show_every=650),
+        workers=WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=250, show_every=1000),
     )
 
 

@@ -20,14 +20,20 @@ class Matrix(NamedTuple):
     num_fused: int
 
 
-class Gathering(Protocol):
+class Peers(Protocol):
     """What the optimizer needs of the processes that train together."""
 
-    def whole(self, value: Tensor) -> Tensor:
-        """A tensor that may be sharded, as a plain one."""
+    rank: int
+    size: int
 
-    def shard(self, value: Tensor, like: Tensor) -> Tensor:
-        """A plain tensor, equal on all processes, sharded like another one."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The value added up over all processes."""
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's shard (of a tensor cut into equal runs of rows, FSDP's way); of a plain tensor, itself."""
+    shard: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return shard
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -50,8 +56,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; for matrices between hidden layers (embeddings and vectors want AdamW).
 
-    Every process makes the whole update and keeps its shard. An update has spectral norm
-    lr * sqrt(max(1, rows / columns)); weight decay is decoupled.
+    Shards are put together by one sum over the processes, each process orthogonalises its share of the matrices, a
+    second sum hands the results round. An update has spectral norm lr * sqrt(max(1, rows / columns)); weight decay is
+    decoupled.
 
     Args:
         matrices: equal shapes are computed together.
@@ -60,7 +67,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], *, lr: float, momentum: float, weight_decay: float, world: Gathering
+        self, matrices: Sequence[Matrix], *, lr: float, momentum: float, weight_decay: float, world: Peers
     ) -> None:
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for parameter, num_fused in matrices:
@@ -71,28 +78,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all matrices that have a gradient; all of a shape have one, or none."""
+        """Update all matrices; each has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._update(parameters, group)
+            parameters = group["params"]
+            updates = self._orthogonal(self._directions(parameters, group["momentum"]), group["num_fused"], parameters)
+            weights = [local(parameter) for parameter in parameters]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        directions = [self._direction(parameter, group["momentum"]) for parameter in parameters]
-        whole = self.world.whole(torch.stack(directions))  # k (f rows) columns
-        maps = rearrange(whole, "k (f rows) columns -> (k f) rows columns", f=group["num_fused"])
-        scale = max(1.0, maps.shape[1] / maps.shape[2]) ** 0.5
-        updates = rearrange(orthogonalize(maps), "(k f) rows columns -> k (f rows) columns", f=group["num_fused"])
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(self.world.shard(update, parameter), alpha=-group["lr"] * scale)
+    def _directions(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
+        """This process's shards, k rows' columns."""
+        for parameter in parameters:
+            self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        averages = [local(self.state[parameter]["average"]) for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return torch.stack(torch._foreach_lerp(gradients, averages, momentum))
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if "average" not in state:
-            state["average"] = torch.zeros_like(parameter)
-        average: Tensor = state["average"]
-        average.mul_(momentum).add_(parameter.grad, alpha=1 - momentum)
-        return parameter.grad * (1 - momentum) + average * momentum
+    def _orthogonal(self, shards: Tensor, num_fused: int, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """This process's shards of the scaled updates."""
+        rows = parameters[0].shape[0]
+        start = min(rows, self.world.rank * -(-rows // self.world.size)) if shards.shape[1] < rows else 0
+        mine = slice(start, start + shards.shape[1])
+        whole = shards.new_zeros(len(parameters), *parameters[0].shape)
+        whole[:, mine] = shards
+        whole = self.world.sum(whole) if shards.shape[1] < rows else whole
+        maps = rearrange(whole, "k (f rows) columns -> (k f) rows columns", f=num_fused)
+        share = slice(self.world.rank, None, self.world.size)
+        updates = torch.zeros_like(maps)
+        updates[share] = orthogonalize(maps[share]) * max(1.0, maps.shape[1] / maps.shape[2]) ** 0.5
+        updates = self.world.sum(updates)
+        return list(rearrange(updates, "(k f) rows columns -> k (f rows) columns", f=num_fused)[:, mine])

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from video_dit.muon import Matrix, Muon
+from video_dit.muon import Matrix, Muon, local
 
 
 class World(Protocol):
@@ -28,9 +28,6 @@ class World(Protocol):
 
     def whole(self, value: Tensor) -> Tensor:
         """A tensor that may be sharded over the processes, as a plain one."""
-
-    def shard(self, value: Tensor, like: Tensor) -> Tensor:
-        """A plain tensor, equal on all processes, sharded like another one."""
 
 
 @runtime_checkable
@@ -52,10 +49,6 @@ class SingleProcess:
         return value
 
     def whole(self, value: Tensor) -> Tensor:
-        """The value itself."""
-        return value
-
-    def shard(self, value: Tensor, like: Tensor) -> Tensor:
         """The value itself."""
         return value
 
@@ -149,8 +142,8 @@ class TrainState:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        weights = [_local(parameter) for parameter in self.model.parameters()]
-        averages = [_local(self.ema[name]) for name, _ in self.model.named_parameters()]
+        weights = [local(parameter) for parameter in self.model.parameters()]
+        averages = [local(self.ema[name]) for name, _ in self.model.named_parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay_at(self.step))
 
 
@@ -187,11 +180,6 @@ def _optimizers(model: nn.Module, config: OptimizerConfig, world: World) -> list
         world=world,
     )
     return [adamw, muon]
-
-
-def _local(value: Tensor) -> Tensor:
-    """This process's shard; of a plain tensor, itself."""
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

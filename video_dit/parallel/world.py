@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 class DistributedWorld:
@@ -26,17 +26,11 @@ class DistributedWorld:
         """The value added up over all processes."""
         value = value.to(self.mesh.device_type)
         dist.all_reduce(value)
-        return value.cpu()
+        return value
 
     def whole(self, value: Tensor) -> Tensor:
         """A sharded tensor gathered on every process; a plain one as it is."""
         return value.full_tensor() if isinstance(value, DTensor) else value
-
-    def shard(self, value: Tensor, like: Tensor) -> Tensor:
-        """A plain tensor, equal on all processes, sharded like another one; nothing is sent."""
-        if not isinstance(like, DTensor):
-            return value
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
     def barrier(self) -> None:
         """Wait for all processes."""

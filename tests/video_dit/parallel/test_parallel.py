@@ -35,6 +35,7 @@ SIZES = {
 }
 PATCH = Stride(1, 2, 2)
 ADAMW = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, num_steps=12)
+MIN_GROUP = {"adamw": 0, "muon": 1 << 20}  # each block sharded on its own, and all together
 OPTIMIZERS = {"adamw": ADAMW, "muon": dataclasses.replace(ADAMW, matrix_learning_rate=0.02)}
 
 
@@ -42,7 +43,9 @@ def new_state(method, world):
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(**SIZES))
     return TrainState(
-        parallelize(model, world.mesh) if isinstance(world, DistributedWorld) else model, OPTIMIZERS[method], world
+        parallelize(model, world.mesh, min_group=MIN_GROUP[method]) if isinstance(world, DistributedWorld) else model,
+        OPTIMIZERS[method],
+        world,
     )
 
 
