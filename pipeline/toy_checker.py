@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from pipeline import toy
+from pipeline import toy, toy_scenes
 from pipeline.toy import Floats
 
 AGREEMENT = 0.9  # share of the frames that must show the same
@@ -33,7 +33,7 @@ CENTROID_BELOW_MIDDLE = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # of 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a video shows, in the words of `toy.Scene`; None where nothing definite can be recognised.
+    """What a video shows, in the words of `toy_scenes.Scene`; None where nothing definite can be recognised.
 
     Attributes:
         direction: None in an image as well.
@@ -85,7 +85,7 @@ def measure(video_u8: NDArray[np.uint8]) -> Measured:
     )
 
 
-def score(video_u8: NDArray[np.uint8], expected: str | toy.Scene) -> dict[str, bool]:
+def score(video_u8: NDArray[np.uint8], expected: str | toy_scenes.Scene) -> dict[str, bool]:
     """Whether the video (t h w 3 uint8) shows what a caption or scene states, by attribute and "all" together.
 
     Attributes the scene does not have are left out: motion in an image, speed of a still object.
@@ -93,9 +93,9 @@ def score(video_u8: NDArray[np.uint8], expected: str | toy.Scene) -> dict[str, b
     Raises:
         ValueError: the caption does not state a toy scene.
     """
-    scene = toy.parse_caption(expected) if isinstance(expected, str) else expected
+    scene = toy_scenes.parse_caption(expected) if isinstance(expected, str) else expected
     measured = measure(video_u8)
-    stated = {name: getattr(scene, name) for name in toy.ATTRIBUTES if getattr(scene, name) is not None}
+    stated = {name: getattr(scene, name) for name in toy_scenes.ATTRIBUTES if getattr(scene, name) is not None}
     row = {name: getattr(measured, name) == value for name, value in stated.items()}
     return {**row, "all": all(row.values())}
 
@@ -109,7 +109,7 @@ def score_table(rows: Sequence[Mapping[str, bool]]) -> dict[str, float]:
     if not rows:
         raise ValueError("rows=[], must hold at least one score")
     table = {}
-    for name in (*toy.ATTRIBUTES, "all"):
+    for name in (*toy_scenes.ATTRIBUTES, "all"):
         verdicts = [row[name] for row in rows if name in row]
         if verdicts:
             table[name] = sum(verdicts) / len(verdicts)
@@ -132,7 +132,7 @@ def border_colours(frames: Floats) -> Floats:
 
 def background_name(colour: Floats) -> str | None:
     """The nearest background, if it is near."""
-    errors = {name: float(np.abs(colour - np.array(rgb)).max()) for name, rgb in toy.BACKGROUNDS.items()}
+    errors = {name: float(np.abs(colour - np.array(rgb)).max()) for name, rgb in toy_scenes.BACKGROUNDS.items()}
     name = min(errors, key=lambda name: errors[name])
     return name if errors[name] <= BACKGROUND_TOLERANCE else None
 
@@ -146,7 +146,9 @@ def hue_degrees(colour: Floats | tuple[int, int, int]) -> float:
 def colour_name(colour: Floats) -> str:
     """The colour of the nearest hue; the palette's lie 60 degrees apart."""
     hue = hue_degrees(colour)
-    return min(toy.COLOURS, key=lambda name: abs((hue - hue_degrees(toy.COLOURS[name]) + 180) % 360 - 180))
+    return min(
+        toy_scenes.COLOURS, key=lambda name: abs((hue - hue_degrees(toy_scenes.COLOURS[name]) + 180) % 360 - 180)
+    )
 
 
 def find_object(frames: Floats, backgrounds: Floats) -> Track | None:
@@ -236,7 +238,7 @@ def blurring(size: int, blur_px: float) -> Floats:
 
 def size_name(across_px: float) -> str | None:
     """The size class of an object so many pixels across."""
-    small_px, large_px = toy.SIZES_PX["small"], toy.SIZES_PX["large"]
+    small_px, large_px = toy_scenes.SIZES_PX["small"], toy_scenes.SIZES_PX["large"]
     if not small_px / SIZE_SLACK <= across_px < large_px * SIZE_SLACK:
         return None
     return "small" if across_px < (small_px * large_px) ** 0.5 else "large"
@@ -259,6 +261,6 @@ def fit_motion(centroids_px: Floats) -> tuple[str | None, str | None]:
         return None, None
     if speed_px < still:
         return "still", None
-    units = {name: np.array(step) / np.hypot(*step) for name, step in toy.DIRECTIONS.items() if name != "still"}
+    units = {name: np.array(step) / np.hypot(*step) for name, step in toy_scenes.DIRECTIONS.items() if name != "still"}
     direction = max(units, key=lambda name: float(units[name] @ velocity_px))
     return direction, "slow" if speed_px < slow else "fast"

@@ -6,15 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline import media, store, toy, toy_checker
+from pipeline import media, store, toy, toy_checker, toy_scenes
 from video_dit.shapes import VideoShape
 
 CONFIG = toy.ToyConfig(num_clips=440, seed=7)
 RED_CIRCLE = {"colour": "red", "shape": "circle", "size": "large", "background": "black"}
 
 
-def everything() -> list[toy.Scene]:
-    return [*toy.all_scenes(), *toy.all_scenes(images=True)]
+def everything() -> list[toy_scenes.Scene]:
+    return [*toy_scenes.all_scenes(), *toy_scenes.all_scenes(images=True)]
 
 
 def through_file(clip: toy.ToyClip) -> np.ndarray:
@@ -35,11 +35,11 @@ def degrade(video_u8: np.ndarray, rng: np.random.Generator, sigma_px: float = 1.
     return (video + rng.normal(0, noise, video.shape)).clip(0, 255).round().astype(np.uint8)
 
 
-def moving(**changes: str | None) -> toy.Scene:
-    return toy.Scene(**{**RED_CIRCLE, "direction": "right", "speed": "slow", **changes})
+def moving(**changes: str | None) -> toy_scenes.Scene:
+    return toy_scenes.Scene(**{**RED_CIRCLE, "direction": "right", "speed": "slow", **changes})
 
 
-def film(scene: toy.Scene, start: tuple[float, float] = (20, 14), num_frames: int = 17) -> np.ndarray:
+def film(scene: toy_scenes.Scene, start: tuple[float, float] = (20, 14), num_frames: int = 17) -> np.ndarray:
     return toy.render(scene, num_frames, 64, 64, start)
 
 
@@ -51,30 +51,33 @@ def clips() -> list[tuple[toy.ToyClip, np.ndarray]]:
 
 def test_held_out_is_a_fixed_tenth_and_training_sees_every_value():
     for images, num_scenes, num_held_out in ((False, 1836, 189), (True, 108, 11)):
-        scenes = toy.all_scenes(images=images)
-        trained = [scene for scene in scenes if not toy.is_held_out(scene)]
+        scenes = toy_scenes.all_scenes(images=images)
+        trained = [scene for scene in scenes if not toy_scenes.is_held_out(scene)]
         assert len(set(scenes)) == num_scenes
         assert num_scenes - len(trained) == num_held_out
-        for name in toy.ATTRIBUTES:
+        for name in toy_scenes.ATTRIBUTES:
             assert {getattr(s, name) for s in trained} == {getattr(s, name) for s in scenes}
 
 
 def test_captions_state_the_scene_in_every_phrasing():
     for scene in everything():
-        captions = [toy.caption(scene, variant) for variant in range(toy.NUM_VARIANTS)]
-        assert len(set(captions)) == toy.NUM_VARIANTS >= 6
-        assert {toy.parse_caption(words) for words in captions} == {scene}
+        captions = [toy_scenes.caption(scene, variant) for variant in range(toy_scenes.NUM_VARIANTS)]
+        assert len(set(captions)) == toy_scenes.NUM_VARIANTS >= 6
+        assert {toy_scenes.parse_caption(words) for words in captions} == {scene}
 
 
 def test_captions_by_hand():
-    assert toy.caption(moving(), 0) == "a large red circle moves slowly to the right on a black background"
+    assert toy_scenes.caption(moving(), 0) == "a large red circle moves slowly to the right on a black background"
     fast = moving(direction="up left", speed="fast", shape="square", background="white")
-    assert toy.caption(fast, 1) == "on a white background, a large red square moves quickly up and to the left"
+    assert toy_scenes.caption(fast, 1) == "on a white background, a large red square moves quickly up and to the left"
     assert (
-        toy.caption(moving(direction="still", speed=None), 0) == "a large red circle stays still on a black background"
+        toy_scenes.caption(moving(direction="still", speed=None), 0)
+        == "a large red circle stays still on a black background"
     )
-    assert toy.caption(toy.Scene(**RED_CIRCLE), 2) == "a picture of a large red circle on a black background"
-    assert toy.caption(toy.Scene(**RED_CIRCLE), 6) == "a large red circle, the background is black"
+    assert (
+        toy_scenes.caption(toy_scenes.Scene(**RED_CIRCLE), 2) == "a picture of a large red circle on a black background"
+    )
+    assert toy_scenes.caption(toy_scenes.Scene(**RED_CIRCLE), 6) == "a large red circle, the background is black"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_captions_by_hand():
 )
 def test_captions_that_state_too_little_or_too_much(text: str, message: str):
     with pytest.raises(ValueError, match=message):
-        toy.parse_caption(text)
+        toy_scenes.parse_caption(text)
 
 
 def test_scene_and_config_name_what_is_wrong():
@@ -105,10 +108,10 @@ def test_scene_and_config_name_what_is_wrong():
             toy.ToyConfig(**{field: value})
 
 
-@pytest.mark.parametrize("size", list(toy.SIZES_PX))
+@pytest.mark.parametrize("size", list(toy_scenes.SIZES_PX))
 @pytest.mark.parametrize(("shape", "share"), list(toy_checker.AREA_SHARE.items()))
 def test_coverage_has_the_area_and_centre_of_the_shape(shape: str, share: float, size: str):
-    across_px = toy.SIZES_PX[size]
+    across_px = toy_scenes.SIZES_PX[size]
     middle_px = np.array([[20.3, 17.8]])
     alpha = toy.coverage(shape, across_px, middle_px, 40, 36)[0]
     assert alpha.sum() == pytest.approx(share * across_px**2, rel=0.02)
@@ -121,12 +124,12 @@ def test_coverage_has_the_area_and_centre_of_the_shape(shape: str, share: float,
 
 
 def test_render_moves_by_the_stated_pixels_and_stays_inside():
-    for scene in toy.all_scenes()[::31]:
+    for scene in toy_scenes.all_scenes()[::31]:
         shape = next(shape for shape in toy.clip_shapes()[::-1] if toy.fits(scene, shape))
         for start in toy.start_range(scene, shape):
             video_u8 = toy.render(scene, *shape, start)
             border = np.concatenate([video_u8[:, [0, -1]].reshape(-1, 3), video_u8[:, :, [0, -1]].reshape(-1, 3)])
-            assert (border == toy.BACKGROUNDS[scene.background]).all()
+            assert (border == toy_scenes.BACKGROUNDS[scene.background]).all()
     velocity_px = moving(direction="down left", speed="fast").velocity_px
     np.testing.assert_allclose(velocity_px, [2, -2])
     np.testing.assert_array_equal(film(moving(), (30, 20))[4], film(moving(), (30, 24))[0])
@@ -136,7 +139,7 @@ def test_render_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="start="):
         film(moving(), (30, 5))
     with pytest.raises(ValueError, match="start="):
-        film(toy.Scene(**RED_CIRCLE))
+        film(toy_scenes.Scene(**RED_CIRCLE))
     assert not toy.fits(moving(speed="fast"), VideoShape(17, 64, 57))  # 32 + 24 + 2 columns
     assert toy.fits(moving(speed="fast"), VideoShape(17, 32, 58))
 
@@ -153,8 +156,8 @@ def test_toy_clip_is_a_pure_function_of_seed_and_index(clips):
 def test_clips_are_small_varied_and_never_held_out(clips):
     scenes = [clip.scene for clip, _ in clips]
     shapes = np.array([clip.video_u8.shape[:3] for clip, _ in clips])
-    assert not any(map(toy.is_held_out, scenes))
-    assert all(toy.parse_caption(clip.caption) == clip.scene for clip, _ in clips)
+    assert not any(map(toy_scenes.is_held_out, scenes))
+    assert all(toy_scenes.parse_caption(clip.caption) == clip.scene for clip, _ in clips)
     assert {VideoShape(*shape) for shape in shapes.tolist()} <= set(toy.clip_shapes())
     assert np.mean([scene.is_image for scene in scenes]) == pytest.approx(0.15, abs=0.04)
     videos = shapes[shapes[:, 0] > 1]
@@ -169,10 +172,10 @@ def test_evaluation_prompts_are_held_out_and_even():
     assert len({scene for scene, _, _ in prompts}) == 60
     assert sum(scene.is_image for scene, _, _ in prompts) == 9
     for scene, words, shape in prompts:
-        assert toy.is_held_out(scene)
-        assert toy.parse_caption(words) == scene
+        assert toy_scenes.is_held_out(scene)
+        assert toy_scenes.parse_caption(words) == scene
         assert toy.fits(scene, shape)
-    for name in toy.ATTRIBUTES:
+    for name in toy_scenes.ATTRIBUTES:
         counts = Counter(getattr(scene, name) for scene, _, _ in prompts)
         del counts[None]
         assert max(counts.values()) - min(counts.values()) <= 3, counts
@@ -210,7 +213,7 @@ def test_checker_tolerates_blur_and_noise(clips):
 
 def test_checker_tolerates_sizes_ten_percent_off():
     for shape, (size, across_px), factor in itertools.product(
-        toy_checker.AREA_SHARE, toy.SIZES_PX.items(), (0.9, 1.0, 1.1)
+        toy_checker.AREA_SHARE, toy_scenes.SIZES_PX.items(), (0.9, 1.0, 1.1)
     ):
         alpha = toy.coverage(shape, across_px * factor, np.full((5, 2), 23.7), 48, 48)[..., None]
         video_u8 = (16 + alpha * (np.array([190, 60, 50]) - 16)).astype(np.uint8)  # a paler red as well
@@ -221,14 +224,20 @@ def test_checker_tolerates_sizes_ten_percent_off():
 def test_a_caption_wrong_in_one_attribute_fails_in_that_one_only(clips):
     rng = np.random.default_rng(0)
     for clip, video_u8 in clips[:60]:
-        stated = [name for name in toy.ATTRIBUTES if getattr(clip.scene, name) is not None]
-        wrong = {**toy.LOOKS, "direction": tuple(toy.DIRECTIONS)[1:], "speed": tuple(toy.SPEEDS_PX)}
+        stated = [name for name in toy_scenes.ATTRIBUTES if getattr(clip.scene, name) is not None]
+        wrong = {
+            **toy_scenes.LOOKS,
+            "direction": tuple(toy_scenes.DIRECTIONS)[1:],
+            "speed": tuple(toy_scenes.SPEEDS_PX),
+        }
         for name in stated:
             if clip.scene.direction == "still" and name == "direction":
                 continue  # any other direction brings a speed with it
             value = str(rng.choice([value for value in wrong[name] if value != getattr(clip.scene, name)]))
-            scene = toy.Scene(**{**{each: getattr(clip.scene, each) for each in toy.ATTRIBUTES}, name: value})
-            row = toy_checker.score(video_u8, toy.caption(scene, int(rng.integers(9))))
+            scene = toy_scenes.Scene(
+                **{**{each: getattr(clip.scene, each) for each in toy_scenes.ATTRIBUTES}, name: value}
+            )
+            row = toy_checker.score(video_u8, toy_scenes.caption(scene, int(rng.integers(9))))
             assert row == {each: each != name for each in stated} | {"all": False}
 
 
@@ -242,9 +251,9 @@ def spoiled() -> dict[str, np.ndarray]:
 
     def beside(start: tuple[float, float], **changes: str | None) -> np.ndarray:
         other = film(moving(**changes), start)
-        return np.where((other != toy.BACKGROUNDS["black"]).any(-1, keepdims=True), other, good)
+        return np.where((other != toy_scenes.BACKGROUNDS["black"]).any(-1, keepdims=True), other, good)
 
-    blank = np.broadcast_to(np.uint8(toy.BACKGROUNDS["black"]), good.shape)
+    blank = np.broadcast_to(np.uint8(toy_scenes.BACKGROUNDS["black"]), good.shape)
     return {
         "vanishes": np.concatenate([good[:half], blank[half:]]),
         "appears": np.concatenate([blank[:3], good[3:]]),
@@ -269,7 +278,7 @@ def spoiled() -> dict[str, np.ndarray]:
         "gray noise": rng.normal(128, 30, good.shape).clip(0, 255).astype(np.uint8),
         "scrambled in time": good[rng.permutation(len(good))],
         "flattened": good[:, ::2],
-        "all red": np.broadcast_to(np.uint8(toy.COLOURS["red"]), good.shape),
+        "all red": np.broadcast_to(np.uint8(toy_scenes.COLOURS["red"]), good.shape),
     }
 
 
@@ -284,9 +293,9 @@ def test_checker_fails_spoiled_videos(name: str):
 def test_measure_blank_and_score_image():
     blank = np.full((9, 32, 32, 3), 240, np.uint8)
     assert toy_checker.measure(blank) == toy_checker.Measured(background="white")
-    picture = toy.Scene(**RED_CIRCLE)
+    picture = toy_scenes.Scene(**RED_CIRCLE)
     row = toy_checker.score(toy.render(picture, 1, 48, 48, (20, 20)), picture)
-    assert row == dict.fromkeys([*toy.LOOKS, "all"], True)
+    assert row == dict.fromkeys([*toy_scenes.LOOKS, "all"], True)
     assert toy_checker.score(toy.render(picture, 1, 48, 48, (20, 20)), moving())["direction"] is False
 
 
