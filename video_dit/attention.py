@@ -64,4 +64,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     for run, q_run, k_run, v_run in zip(segments.runs, q_runs, k_runs, v_runs, strict=True):
         batch = [rearrange(x, "(b n) heads e -> b heads n e", b=run.repeats) for x in (q_run, k_run, v_run)]
         outputs.append(rearrange(F.scaled_dot_product_attention(*batch), "b heads n e -> (b n) heads e"))
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
