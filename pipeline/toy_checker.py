@@ -26,7 +26,7 @@ BLURS_PX = (0.3, 1.0, 1.7)  # standard deviations: codecs and decoders soften ed
 MIN_OVERLAP = 0.7  # intersection over union with the best template
 SIZE_SLACK = 1.35  # an object may be so many times smaller than small or larger than large
 SPEED_LIMITS_PX = (0.5, 1.45, 3.0)  # a frame, along the faster axis: still below the first, nothing above the last
-MAX_OFF_PATH_PX = 2.0
+MAX_OFF_PATH_PX = 1.5
 AREA_SHARE = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the bounding box
 CENTROID_BELOW_MIDDLE = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # of the height
 

@@ -88,22 +88,25 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def _directions(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
-        """This process's shards, k rows' columns."""
+        """This process's rows of what is to be made orthogonal, k rows columns."""
         for parameter in parameters:
             self.state[parameter].setdefault("average", torch.zeros_like(parameter))
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        assert len(gradients) == len(parameters)
         averages = [local(self.state[parameter]["average"]) for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         return torch.stack(torch._foreach_lerp(gradients, averages, momentum))
 
     def _orthogonal(self, shards: Tensor, num_fused: int, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """This process's shards of the scaled updates."""
-        rows = parameters[0].shape[0]
-        start = min(rows, self.world.rank * -(-rows // self.world.size)) if shards.shape[1] < rows else 0
-        mine = slice(start, start + shards.shape[1])
-        whole = shards.new_zeros(len(parameters), *parameters[0].shape)
-        whole[:, mine] = shards
-        whole = self.world.sum(whole) if shards.shape[1] < rows else whole
+        """This process's rows of the scaled updates."""
+        mine, whole = slice(None), shards
+        if hasattr(parameters[0], "to_local"):
+            rows = parameters[0].shape[0]
+            start = min(rows, self.world.rank * -(-rows // self.world.size))
+            mine = slice(start, start + shards.shape[1])
+            whole = shards.new_zeros(len(parameters), *parameters[0].shape)
+            whole[:, mine] = shards
+            whole = self.world.sum(whole)
         maps = rearrange(whole, "k (f rows) columns -> (k f) rows columns", f=num_fused)
         share = slice(self.world.rank, None, self.world.size)
         updates = torch.zeros_like(maps)

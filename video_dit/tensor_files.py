@@ -120,7 +120,10 @@ class TensorReader:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER_BYTES
         if length >= MAX_HEADER_BYTES or 8 + length > size:
             raise ValueError(f"{url}: not a safetensors file")
-        header: dict[str, Any] = json.loads(file.read(length))
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{url}: not a safetensors file") from error
         header.pop("__metadata__", None)
         return {name: _stored(url, name, entry, 8 + length, size) for name, entry in header.items()}
 

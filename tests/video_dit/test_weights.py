@@ -134,6 +134,7 @@ def test_damaged_and_strange_files_are_refused(tmp_path):
         (whole[:-1], "cut short"),
         (whole[:100], "not a safetensors file"),
         (b"", "not a safetensors file"),
+        (whole[:8] + b"?" + whole[9:], "not a safetensors file"),
         (whole.replace(b'"F32"', b'"F99"', 1), "dtype F99"),
     ):
         file.write_bytes(data)
