@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from video_dit.shapes import Stride, VideoShape
-from video_dit.vae_layers import Cache, CausalConv3d
+from video_dit.vae_convs import CHANNELS_LAST, Cache, CausalConv3d
 from video_dit.vae_networks import Decoder, Encoder, Stages, initialize
 from video_dit.weights import load_model, save_model
 
@@ -268,7 +268,7 @@ class VideoVAE(nn.Module):
 
     def _decode(self, latents: Tensor, cache: Cache | None, clamp: bool) -> Tensor:
         mean, std = self._latent_statistics(latents)
-        x = self.post_quant_conv(latents * std + mean)
+        x = self.post_quant_conv((latents * std + mean).contiguous(memory_format=CHANNELS_LAST))
         video = _from_patches(self.decoder(x, cache), self.config.patch_size or 1)  # b 3 t h w
         return video.clamp(-1, 1) if clamp else video
 
@@ -279,7 +279,8 @@ class VideoVAE(nn.Module):
 
 
 def _to_patches(video: Tensor, size: int) -> Tensor:
-    return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=size, r=size)
+    x = rearrange(video, "b c t (h q) (w r) -> b t h w (c r q)", q=size, r=size)  # channels last from here on
+    return x.contiguous().movedim(-1, 1)
 
 
 def _from_patches(x: Tensor, size: int) -> Tensor:

@@ -7,7 +7,6 @@ wherever time is resampled, so `1 + 4k` frames become `1 + k` latents and an ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,32 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-
-class Cache:
-    """What a network keeps between two chunks of one video: the last input frames of each layer that looks back.
-
-    Attributes:
-        is_first: no chunk has gone through yet.
-    """
-
-    def __init__(self) -> None:
-        self.is_first = True
-        self._past: dict[nn.Module, Tensor] = {}
-
-    def __contains__(self, layer: nn.Module) -> bool:
-        return layer in self._past
-
-    def extend(self, layer: nn.Module, x: Tensor, num_frames: int) -> Tensor:
-        """`x` after the frames kept for `layer`, if any; keeps the last `num_frames` of that for the next chunk."""
-        if layer in self._past:
-            x = torch.cat([self._past[layer], x], dim=2)
-        self._past[layer] = x[:, :, -num_frames:].clone()  # a view would hold the whole chunk in memory
-        return x
-
-
-def is_first_chunk(cache: Cache | None) -> bool:
-    """Whether the video starts here, be it whole or in chunks."""
-    return cache is None or cache.is_first
+from video_dit.vae_convs import Cache, CausalConv3d, FrameConv2d, UpsampleConv2d, convolve, is_first_chunk
 
 
 class RMSNorm(nn.Module):
@@ -58,44 +32,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c t h w` to the same shape and dtype; the norm is taken in float32."""
-        y = x.float()  # sums of squares: on CPU several times faster than a vector norm over a strided axis
-        scale = y.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()  # b 1 t h w
-        return (y * scale).to(x.dtype) * (self.dim**0.5 * self.gamma).view(-1, 1, 1, 1)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # b 1 t h w
+        y = x * (self.dim**0.5 / norm.clamp_min(1e-12)).to(x.dtype)
+        gamma = self.gamma.view(-1, 1, 1, 1)
+        return y * gamma if torch.is_grad_enabled() else y.mul_(gamma)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """`F.conv3d`; on CPU by oneDNN for batch 1 too, where small maps would go to a kernel 2 to 4 times slower."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] == 1 and torch.backends.mkldnn.is_available():
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, tuple(stride), tuple(padding))
-
-
-class CausalConv3d(nn.Conv3d):
-    """A convolution over frames, rows and columns whose output sees no later frame: odd kernel, stride 1."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.num_past = kernel[0] - 1
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """`b c t h w` to `b c_out t h w`."""
-        weight = self.weight
-        if cache is None and x.shape[2] == 1:
-            weight = weight[:, :, -1:]  # an image: all other taps would see zeros
-        elif self.num_past:
-            if cache is None or self not in cache:
-                x = F.pad(x, (0, 0, 0, 0, self.num_past, 0))
-            if cache is not None:
-                x = cache.extend(self, x, self.num_past)
-        return conv3d(x, weight, self.bias, (1, 1, 1), (0, *self.padding[1:]))
-
-
-class FrameConv2d(nn.Conv2d):
-    """A 2-D convolution of every frame of a video, without moving frames into the batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`b c t h w` to `b c_out t h' w'`."""
-        return conv3d(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), (0, *self.padding))
+def activate(norm: RMSNorm, x: Tensor) -> Tensor:
+    """SiLU of the norm; without gradients in place, since large new tensors cost more than the arithmetic."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -112,8 +57,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """`b c t h w` to `b c_out t h w`."""
-        y = self.conv1(F.silu(self.norm1(x)), cache)  # b c_out t h w
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))), cache)
+        y = self.conv1(activate(self.norm1, x), cache)  # b c_out t h w
+        y = self.conv2(self.dropout(activate(self.norm2, y)), cache)
         return y + self.conv_shortcut(x)
 
 
@@ -166,10 +111,14 @@ class Downsample(nn.Module):
             return x
         frames = x if cache is None else cache.extend(self, x, 1)
         if not is_first_chunk(cache):
-            return self.time_conv(frames)
+            return self._halve(frames)
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(frames)], dim=2)
+        return torch.cat([x[:, :, :1], self._halve(frames)], dim=2)
+
+    def _halve(self, frames: Tensor) -> Tensor:
+        assert self.time_conv is not None
+        return convolve(frames, self.time_conv.weight, self.time_conv.bias, (2, 1, 1), (0, 0, 0))
 
 
 class Upsample(nn.Module):
@@ -177,9 +126,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, is_temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=(1.0, 2.0, 2.0), mode="nearest"), FrameConv2d(dim, out_dim, 3, padding=1)
-        )
+        self.resample = nn.Sequential(nn.Identity(), UpsampleConv2d(dim, out_dim))  # [1] in published names
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if is_temporal else None
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -188,8 +135,8 @@ class Upsample(nn.Module):
             num_alone = 1 if is_first_chunk(cache) else 0  # time_conv never sees the first frame
             if x.shape[2] > num_alone:
                 pairs = self.time_conv(x[:, :, num_alone:], cache)  # b 2c t h w
-                pairs = rearrange(pairs, "b (pair c) t h w -> b c (t pair) h w", pair=2)
-                x = torch.cat([x[:, :, :num_alone], pairs], dim=2)
+                pairs = rearrange(pairs.movedim(1, -1), "b t h w (pair c) -> b (t pair) h w c", pair=2)
+                x = torch.cat([x[:, :, :num_alone], pairs.movedim(-1, 1)], dim=2)
         return self.resample(x)
 
 
@@ -202,10 +149,10 @@ class AverageDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c t h w` to `b c_out t' h' w'`. A video's first frame is averaged with zeros."""
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.factor_t, 0))
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.factor_t, 0)).movedim(1, -1)
         factors = {"p": self.factor_t, "q": self.factor_s, "r": self.factor_s}
-        x = rearrange(x, "b c (t p) (h q) (w r) -> b (c p q r) t h w", **factors)
-        return reduce(x, "b (c group) t h w -> b c t h w", "mean", c=self.out_dim)
+        x = rearrange(x, "b (t p) (h q) (w r) c -> b t h w (c p q r)", **factors)
+        return reduce(x, "b t h w (c group) -> b t h w c", "mean", c=self.out_dim).movedim(-1, 1)
 
 
 class DuplicateUp(nn.Module):
@@ -218,9 +165,9 @@ class DuplicateUp(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """`b c t h w` to `b c_out t' h' w'`."""
-        x = repeat(x, "b c t h w -> b (c repeats) t h w", repeats=self.num_repeats)
+        x = repeat(x.movedim(1, -1), "b t h w c -> b t h w (c repeats)", repeats=self.num_repeats)
         factors = {"p": self.factor_t, "q": self.factor_s, "r": self.factor_s}
-        x = rearrange(x, "b (c p q r) t h w -> b c (t p) (h q) (w r)", **factors)
+        x = rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", **factors).movedim(-1, 1)
         return x[:, :, self.factor_t - 1 :] if is_first_chunk(cache) else x
 
 

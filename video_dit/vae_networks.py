@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from video_dit.vae_convs import Cache, CausalConv3d
 from video_dit.vae_layers import (
-    Cache,
-    CausalConv3d,
     Downsample,
     MidBlock,
     ResidualBlock,
@@ -20,6 +18,7 @@ from video_dit.vae_layers import (
     RMSNorm,
     UpBlock,
     Upsample,
+    activate,
     residual_blocks,
 )
 
@@ -71,7 +70,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cache)  # b width t' h' w'
         x = self.mid_block(x, cache)
-        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
+        return self.conv_out(activate(self.norm_out, x), cache)  # b c_out t' h' w'
 
 
 class Decoder(nn.Module):
@@ -97,7 +96,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, cache)
         for block in self.up_blocks:
             x = block(x, cache)  # b width t' h' w'
-        return self.conv_out(F.silu(self.norm_out(x)), cache)  # b c_out t' h' w'
+        return self.conv_out(activate(self.norm_out, x), cache)  # b c_out t' h' w'
 
 
 def initialize(network: nn.Module, spread: float = 0.1) -> None:

@@ -1,0 +1,206 @@
+"""Convolutions over frames, rows and columns that see no later frame, and what they keep between chunks of a video.
+
+On CPU in float32 three things make them fast: channels lie innermost (channels_last_3d), every convolution goes to
+oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and wide ones halve their multiplications
+by Winograd's minimal filtering over time (Lavin and Gray, arXiv 1509.09308).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+CHANNELS_LAST = torch.channels_last_3d
+
+
+class Cache:
+    """What a network keeps between two chunks of one video: the last input frames of each layer that looks back.
+
+    Attributes:
+        is_first: no chunk has gone through yet.
+    """
+
+    def __init__(self) -> None:
+        self.is_first = True
+        self._past: dict[nn.Module, Tensor] = {}
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._past
+
+    def extend(self, layer: nn.Module, x: Tensor, num_frames: int) -> Tensor:
+        """`x` after the frames kept for `layer`, if any; keeps the last `num_frames` of that for the next chunk.
+
+        Where a video has had fewer, zeros stand in front of those kept.
+        """
+        if layer in self._past:
+            x = torch.cat([self._past[layer], x], dim=2)
+        kept = x[:, :, -num_frames:].clone()  # a view would hold the whole chunk in memory
+        self._past[layer] = F.pad(kept, (0, 0, 0, 0, num_frames - kept.shape[2], 0))
+        return x
+
+
+def is_first_chunk(cache: Cache | None) -> bool:
+    """Whether the video starts here, be it whole or in chunks."""
+    return cache is None or cache.is_first
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`F.conv2d` or `F.conv3d`, on CPU in float32 always by oneDNN."""
+    if _is_onednn(x):
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, [1] * len(stride), 1)
+    return (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, tuple(stride), tuple(padding))
+
+
+def _is_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution over frames, rows and columns whose output sees no later frame: odd kernel, stride 1."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.num_past = kernel[0] - 1
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """`b c t h w` to `b c_out t h w`."""
+        is_start = cache is None or self not in cache
+        num_frames = x.shape[2]
+        if cache is not None and self.num_past:
+            x = cache.extend(self, x, self.num_past)
+        if self.num_past == 0 or (is_start and num_frames == 1):  # an image: all other taps would see zeros
+            return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), self.padding)
+        if self.num_past == 2 and filtering_pays(x, num_frames - is_start):
+            return self._filter(x, is_start)
+        if is_start:
+            x = F.pad(x, (0, 0, 0, 0, self.num_past, 0))
+        return convolve(x, self.weight, self.bias, (1, 1, 1), self.padding)
+
+    def _filter(self, x: Tensor, is_start: bool) -> Tensor:
+        """The valid convolution over time, frame by frame; at the start the first frame stands alone."""
+        frames = list(x.movedim(1, -1).unbind(1))  # b h w c each
+        outputs = []
+        if is_start:
+            outputs.append(_convolve_frame(frames[0], self.weight[:, :, -1], self.bias, self.padding[1:]))
+            frames.insert(0, torch.zeros_like(frames[0]))
+        outputs += filter_frames(frames, self.weight, self.bias, self.padding[1:])
+        return torch.stack(outputs, dim=1).movedim(-1, 1)
+
+
+class FrameConv2d(nn.Conv2d):
+    """A 2-D convolution of every frame of a video, without moving frames into the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c t h w` to `b c_out t h' w'`."""
+        return convolve(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), (0, *self.padding))
+
+
+class UpsampleConv2d(FrameConv2d):
+    """Rows and columns doubled by repeating them, then a 3 x 3 convolution, in one.
+
+    Two of the three taps fall on the same pixel, so each of the four output pixels of an input pixel is a 2 x 2
+    convolution of the input: 16 multiplications instead of 36, and the doubled input is never made.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c t h w` to `b c_out t 2h 2w`."""
+        # second pixel of a pair first: out of the borders' pairs one pixel each is then cut off
+        pairs = self.weight.new_tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]])  # phase, tap of 2, tap of 3
+        weight = torch.einsum("p a i, q b j, o c i j -> p q o c a b", pairs, pairs, self.weight).flatten(0, 2)
+        bias = None if self.bias is None else self.bias.repeat(4)
+        x = convolve(x, weight.unsqueeze(2), bias, (1, 1, 1), (0, 1, 1))  # b (p q c_out) t h+1 w+1
+        x = rearrange(x.movedim(1, -1), "b t h w (p q c) -> b t (h p) (w q) c", p=2, q=2)
+        return x[:, :, 1:-1, 1:-1].movedim(-1, 1)
+
+
+class Filter(NamedTuple):
+    """Winograd's F(m, 3): m outputs of a 3-tap filter from m + 2 inputs by m + 2 multiplications instead of 3 m.
+
+    Attributes:
+        inputs: transform of the inputs, m + 2 by m + 2.
+        taps: transform of the taps, m + 2 by 3.
+        outputs: transform of the products, m by m + 2; the column of point 1 is all ones.
+    """
+
+    inputs: list[list[float]]
+    taps: list[list[float]]
+    outputs: list[list[float]]
+
+
+FILTERS = {
+    4: Filter(
+        [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
+         [0, 4, 0, -5, 0, 1]],
+        [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
+         [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    ),
+    2: Filter(
+        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
+        [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+        [[1, 1, 1, 0], [0, 1, -1, 1]],
+    ),
+}  # fmt: skip
+MIN_CHANNELS, MIN_PIXELS = 32, 2048  # below, the transforms cost more than the multiplications they save
+
+
+def filtering_pays(x: Tensor, num_outputs: int) -> bool:
+    """Whether `filter_frames` is faster than the convolution itself: `x` is b c t h w."""
+    batch, channels, _, height, width = x.shape
+    return (
+        _is_onednn(x)
+        and num_outputs >= 2
+        and channels >= MIN_CHANNELS
+        and batch * num_outputs * height * width >= MIN_PIXELS
+    )
+
+
+def filter_frames(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> list[Tensor]:
+    """Three-tap convolution over time with fewer multiplications; equal to rounding.
+
+    Args:
+        frames: n + 2 of b h w c.
+        weight: c_out c 3 rows columns.
+        bias: c_out.
+        padding: rows and columns of zeros on each side.
+
+    Returns:
+        n of b h w c_out.
+    """
+    outputs: list[Tensor] = []
+    taps = rearrange(weight, "o c k h w -> k (o h w c)")
+    for size in (4, 2):
+        num_tiles = (len(frames) - 2 - len(outputs)) // size
+        if not num_tiles:
+            continue
+        inputs, spread, gather = (taps.new_tensor(matrix) for matrix in FILTERS[size])
+        kernels = rearrange(
+            spread @ taps, "p (o h w c) -> p o c h w", o=weight.shape[0], c=weight.shape[1], h=weight.shape[3]
+        )
+        for _ in range(num_tiles):
+            window = torch.stack(list(frames[len(outputs) : len(outputs) + size + 2]))  # p b h w c
+            points = (inputs @ window.flatten(1)).view(window.shape)
+            products = torch.stack(
+                [
+                    _convolve_frame(point, kernel, bias if number == 1 else None, padding)
+                    for number, (point, kernel) in enumerate(zip(points, kernels, strict=True))
+                ]
+            )  # p b h w c_out; the bias of point 1 reaches every output once
+            outputs += (gather @ products.flatten(1)).view(size, *products.shape[1:]).unbind()
+    if len(outputs) < len(frames) - 2:
+        rest = torch.stack(list(frames[len(outputs) :]), dim=1).movedim(-1, 1)  # b c 3 h w
+        outputs.append(convolve(rest, weight, bias, (1, 1, 1), (0, *padding)).squeeze(2).movedim(1, -1))
+    return outputs
+
+
+def _convolve_frame(frame: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    """b h w c to b h w c_out."""
+    return convolve(frame.movedim(-1, 1), kernel, bias, (1, 1), padding).movedim(1, -1)
