@@ -171,6 +171,8 @@ def _xformers_misfit(q: Tensor) -> str | None:
         return f"needs CUDA tensors, not {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"needs float16, bfloat16 or float32, not {q.dtype}"
+    if q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or more for bfloat16, not {torch.cuda.get_device_name(q.device)}"
     if q.shape[-1] * q.element_size() % 16:
         return f"needs a head width of whole 16-byte units, not {q.shape[-1]} of {q.dtype}"
     return None

@@ -137,16 +137,17 @@ def fake_gpu(monkeypatch):
         yield describe
 
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
     ("dtype", "width", "capability", "missing", "chosen"),
     [
         (BF16, 128, (9, 0), (), "varlen"),
-        (torch.float16, 8, (8, 0), (), "varlen"),
+        (FP16, 8, (8, 0), (), "varlen"),
         (BF16, 128, (9, 0), ("varlen",), "xformers"),
-        (BF16, 128, (7, 5), (), "xformers"),
+        (FP16, 128, (7, 5), (), "xformers"),
+        (BF16, 128, (7, 5), (), "sdpa"),
         (BF16, 264, (9, 0), (), "xformers"),
         (FP32, 128, (9, 0), (), "xformers"),
         (FP32, 128, (9, 0), ("xformers",), "sdpa"),
@@ -172,6 +173,7 @@ def test_auto_takes_the_first_that_fits(monkeypatch, fake_gpu, dtype, width, cap
         ("fa4", BF16, 512, (9, 0), "needs a head width that is a multiple of 8 and at most 256, not 512"),
         ("varlen", BF16, 128, (7, 5), "needs a GPU of compute capability 8.0 or more, not an old GPU"),
         ("xformers", FP64, 128, (9, 0), "needs float16, bfloat16 or float32, not torch.float64"),
+        ("xformers", BF16, 128, (7, 5), "needs a GPU of compute capability 8.0 or more for bfloat16, not an old GPU"),
         ("xformers", FP32, 6, (9, 0), "needs a head width of whole 16-byte units, not 6 of torch.float32"),
         ("fa3", BF16, 128, (9, 0), "is missing"),
     ],
