@@ -99,7 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, backend: str 
 def attention_backend(name: str) -> Attend:
     """`attend` with the backend of that name. Device and dtype are checked when it is called.
 
-    "fa3" and "fa4" switch FlashAttention for the whole process, torch's own attention included.
+    The first call of "fa3" or "fa4" switches FlashAttention for the whole process, since torch has no narrower switch.
 
     Raises:
         ValueError: the name is unknown, or what the backend needs is not installed.
