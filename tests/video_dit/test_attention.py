@@ -1,19 +1,13 @@
 """Packed attention against a dense mask; the arguments that the CUDA kernels get; every backend where there is CUDA."""
 
-import pickle
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_dit import attention
 from video_dit.attention import Run, Segments, attend, attention_backend
-from video_dit.layers import CrossAttention, SelfAttention
-from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.packing import pack
 
 HEADS, WIDTH = 2, 8
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=7)
@@ -98,112 +92,6 @@ def test_compiles_into_one_graph():
     assert_equals_dense(torch.compile(attend, backend="aot_eager", fullgraph=True), MIXED)
 
 
-# --- choice of a backend --------------------------------------------------------------------------------------------
-
-
-def test_misuse_is_named():
-    q, k, v = random_qkv(MIXED)
-    with pytest.raises(ValueError, match="13 queries, 24 keys and 23 values for segments of 13 queries and 24 keys"):
-        attend(q, k, v[1:], MIXED)
-    with pytest.raises(ValueError, match="a segment of 2 queries has no keys"):
-        Segments.of([1, 2], [1, 0])
-    for choose in (attention_backend, lambda name: attend(q, k, v, MIXED, backend=name)):
-        with pytest.raises(ValueError, match="'flash' is unknown: use one of auto, fa3, fa4, sdpa, varlen, xformers"):
-            choose("flash")
-    for name in ("varlen", "fa3", "fa4", "xformers"):
-        with pytest.raises(ValueError, match=f"'{name}' needs CUDA tensors, not cpu; 'auto' takes what fits"):
-            attend(q, k, v, MIXED, backend=name)
-
-
-def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(attention._REQUIRED, "varlen", [("no_such_module", "torch>=99")])
-    attention._not_installed.cache_clear()
-    with pytest.raises(ValueError, match=r"'varlen' needs torch>=99 \(No module named 'no_such_module'\)"):
-        attention_backend("varlen")
-    attention._not_installed.cache_clear()
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    """Tensors on a GPU that is not there; set its compute capability and what is not installed."""
-
-    def describe(capability, missing):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(attention, "_not_installed", lambda name: "is missing" if name in missing else None)
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    with FakeTensorMode():
-        yield describe
-
-
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "capability", "missing", "chosen"),
-    [
-        (BF16, 128, (9, 0), (), "varlen"),
-        (FP16, 8, (8, 0), (), "varlen"),
-        (BF16, 128, (9, 0), ("varlen",), "xformers"),
-        (FP16, 128, (7, 5), (), "xformers"),
-        (BF16, 128, (7, 5), (), "sdpa"),
-        (BF16, 264, (9, 0), (), "xformers"),
-        (FP32, 128, (9, 0), (), "xformers"),
-        (FP32, 128, (9, 0), ("xformers",), "sdpa"),
-        (BF16, 20, (9, 0), (), "sdpa"),
-        (FP64, 128, (9, 0), (), "sdpa"),
-    ],
-)
-def test_auto_takes_the_first_that_fits(monkeypatch, fake_gpu, dtype, width, capability, missing, chosen):
-    fake_gpu(capability, missing)
-    used = []
-    for name in attention._KERNELS:
-        monkeypatch.setitem(attention._KERNELS, name, lambda *qkv, name=name: used.append(name))
-    q = torch.empty(4, 2, width, dtype=dtype, device="cuda")
-    attend(q, q, q, Segments.of([4], [4]))
-    assert used == [chosen]
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "width", "capability", "message"),
-    [
-        ("varlen", FP32, 128, (9, 0), "needs float16 or bfloat16, not torch.float32"),
-        ("varlen", BF16, 20, (9, 0), "needs a head width that is a multiple of 8 and at most 256, not 20"),
-        ("fa4", BF16, 512, (9, 0), "needs a head width that is a multiple of 8 and at most 256, not 512"),
-        ("varlen", BF16, 128, (7, 5), "needs a GPU of compute capability 8.0 or more, not an old GPU"),
-        ("xformers", FP64, 128, (9, 0), "needs float16, bfloat16 or float32, not torch.float64"),
-        ("xformers", BF16, 128, (7, 5), "needs a GPU of compute capability 8.0 or more for bfloat16, not an old GPU"),
-        ("xformers", FP32, 6, (9, 0), "needs a head width of whole 16-byte units, not 6 of torch.float32"),
-        ("fa3", BF16, 128, (9, 0), "is missing"),
-    ],
-)
-def test_what_does_not_fit_is_named(fake_gpu, name, dtype, width, capability, message):
-    fake_gpu(capability, ("fa3",))
-    q = torch.empty(4, 2, width, dtype=dtype, device="cuda")
-    with pytest.raises(ValueError, match=f"'{name}' {message}; 'auto' takes what fits"):
-        attend(q, q, q, Segments.of([4], [4]), backend=name)
-
-
-def test_a_model_takes_a_backend_by_name(monkeypatch):
-    config = VideoDiTConfig(
-        num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=8, text_dim=6, freq_dim=8, in_channels=2
-    )
-    dit = VideoDiT(config)
-    packed = pack([torch.randn(2, 1, 4, 4)], [500.0], [torch.randn(3, 6)])
-    calls = []
-    monkeypatch.setitem(attention._KERNELS, "sdpa", lambda q, k, v, s: calls.append(s) or torch.zeros_like(q))
-    dit.use_attention("sdpa")
-    dit(packed)
-    assert calls == [packed.self_segments, packed.cross_segments] * 2
-    modules = [module for module in dit.modules() if isinstance(module, SelfAttention | CrossAttention)]
-    assert len(modules) == 4
-    for module in modules:
-        assert pickle.loads(pickle.dumps(module.attend)).keywords == {"backend": "sdpa"}
-    with pytest.raises(ValueError, match="'flash' is unknown"):
-        dit.use_attention("flash")
-
-
 # --- what the CUDA kernels get, without CUDA ------------------------------------------------------------------------
 
 
@@ -274,7 +162,7 @@ class Operators(TorchDispatchMode):
 )
 def test_torch_takes_the_arguments(any_tensor_fits, name, expected):
     """Through the real operators, forward and backward, on tensors without data."""
-    qkv = random_qkv(MIXED, dtype=BF16, device="meta")
+    qkv = random_qkv(MIXED, dtype=torch.bfloat16, device="meta")
     with Operators() as operators:
         outputs = with_gradients(attention_backend(name), *qkv, MIXED)
     assert expected <= operators.names
@@ -333,7 +221,7 @@ def test_backends_agree_on_cuda(name, lengths):
     except ValueError as error:
         pytest.skip(str(error))
     segments = Segments.of(*lengths)
-    qkv = random_qkv(segments, heads=3, width=128, dtype=BF16, device="cuda")
+    qkv = random_qkv(segments, heads=3, width=128, dtype=torch.bfloat16, device="cuda")
     exact = [x.detach().double().requires_grad_() for x in qkv]
     for ours, expected in zip(
         with_gradients(backend, *qkv, segments), with_gradients(dense, *exact, segments), strict=True
@@ -345,7 +233,7 @@ def test_backends_agree_on_cuda(name, lengths):
 @needs_cuda
 def test_sdpa_never_calls_cudnn():
     segments = Segments.of([300, 300, 517], [300, 300, 517])
-    qkv = random_qkv(segments, heads=3, width=128, dtype=BF16, device="cuda")
+    qkv = random_qkv(segments, heads=3, width=128, dtype=torch.bfloat16, device="cuda")
     with torch.profiler.profile() as profile:
         with_gradients(attention_backend("sdpa"), *qkv, segments)
     names = {event.key for event in profile.key_averages()}
