@@ -32,13 +32,45 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, warm
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
         for name in names if number % 2 else names[::-1]:
-            start_s = time.perf_counter()
-            candidates[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            elapsed_s = seconds(candidates[name])
             if number >= warm_up:
-                times[name].append(time.perf_counter() - start_s)
+                times[name].append(elapsed_s)
     return times
+
+
+def seconds(candidate: Callable[[], object]) -> float:
+    """Of one call, by the GPU's clock where there is a GPU."""
+    if not torch.cuda.is_available():
+        start_s = time.perf_counter()
+        candidate()
+        return time.perf_counter() - start_s
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    candidate()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def gemm_ceiling(rounds: int = 20) -> float:
+    """FLOP/s of a large product of random matrices, the best of the rounds: bf16 8192^3 on a GPU, fp32 1024^3 else.
+
+    Random, because a product of zeros draws less power and runs faster.
+    """
+    device, dtype, size = ("cuda", torch.bfloat16, 8192) if torch.cuda.is_available() else ("cpu", torch.float32, 1024)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    times = interleave({"product": lambda: a @ b}, rounds, warm_up=3)
+    return 2 * size**3 / min(times["product"])
+
+
+def peak_memory_bytes(candidate: Callable[[], object]) -> int | None:
+    """Most GPU memory in use during one call, all that was there before included; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    candidate()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def ratio(times: Mapping[str, list[float]], ours: str, peer: str) -> Ratio:

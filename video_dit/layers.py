@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from video_dit.attention import Segments, attend
+from video_dit.attention import Attend, Segments, attend
 from video_dit.rope import rotate
 from video_dit.shapes import Stride
 
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)  # across heads, as in Wan
         self.norm_k = nn.RMSNorm(dim, eps=eps)
         self.out = nn.Linear(dim, dim)
-        self.attend = attend  # the seam for context parallelism
+        self.attend: Attend = attend  # the seam for backends and context parallelism
 
     def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
         """n d -> n d; rotation n e/2."""
@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
         self.out = nn.Linear(dim, dim)
-        self.attend = attend
+        self.attend: Attend = attend
 
     def forward(self, x: Tensor, text: Tensor, segments: Segments) -> Tensor:
         """n d, s d -> n d."""

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from video_dit import weights
-from video_dit.attention import Segments
+from video_dit.attention import Segments, attention_backend
 from video_dit.layers import (
     CrossAttention,
     Modulation,
@@ -192,6 +192,17 @@ class VideoDiT(nn.Module):
         for block in self.blocks:
             x = block(x, text, shared, packed.frame_of_token, rotation, packed.self_segments, packed.cross_segments)
         return self.head(x, time, packed.frame_of_token)  # n (c pt ph pw)
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention with a backend of `attention.py`. Before context parallelism, which wraps the backend.
+
+        Raises:
+            ValueError: the name is unknown, or what the backend needs is not installed.
+        """
+        backend = attention_backend(name)
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.attend = backend
 
     def hidden_matrices(self) -> list[Matrix]:
         """The blocks' linear maps: what Muon may train."""
