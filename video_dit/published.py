@@ -97,9 +97,7 @@ def config_from_shapes(
 
     dim, in_channels, *patch_size = shape("patch_embedding.weight")
     if num_attention_heads is None and dim % HEAD_DIM:
-        raise ValueError(
-            f"width {dim} is no multiple of {HEAD_DIM}, Wan's heads: give the config.json of this {class_name}"
-        )
+        raise ValueError(f"width {dim} is no multiple of {HEAD_DIM}, Wan's heads: give {class_name}'s config.json")
     heads = num_attention_heads or dim // HEAD_DIM
     has_images = has("image_embedding.mlp.0.weight")
     return {
