@@ -83,6 +83,11 @@ def read_limits(url: str) -> Limits:
 
 
 def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
+    if dit.in_channels != vae.z_dim or dit.image_dim is not None:
+        raise ValueError(
+            f"in_channels={dit.in_channels}, image_dim={dit.image_dim}: this transformer wants images besides noise, "
+            f"which no request can give yet; must be the VAE's z_dim={vae.z_dim} and None"
+        )
     return Limits(
         stride=Stride(vae.stride.t * dit.patch.t, vae.stride.h * dit.patch.h, vae.stride.w * dit.patch.w), fps=fps
     )
@@ -90,7 +95,8 @@ def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
 
 def _read_sampling(url: str) -> dict[str, float]:
     values = json.loads(weights.read_bytes(url, "scheduler", "scheduler_config.json"))
-    return {"shift": float(values.get("shift", 1.0)), "fps": float(values.get("fps", 16.0))}
+    shift = values.get("shift", values.get("flow_shift", 1.0))  # diffusers' Euler and UniPC schedulers
+    return {"shift": float(shift), "fps": float(values.get("fps", 16.0))}
 
 
 class Generator:
@@ -106,7 +112,8 @@ class Generator:
         sampling = _read_sampling(url)
         dit = VideoDiT.from_pretrained(url).to(device)
         vae = VideoVAE.from_pretrained(url).to(device)
-        return cls(dit, vae, load_text_encoder(url), RectifiedFlow(shift=sampling["shift"]), sampling["fps"])
+        text = load_text_encoder(url, device=device)
+        return cls(dit, vae, text, RectifiedFlow(shift=sampling["shift"]), sampling["fps"])
 
     @property
     def fps(self) -> float:
@@ -211,7 +218,7 @@ def save_pipeline_parts(url: str, text: TextEncoder, shift: float, fps: float) -
         [
             ("transformer", "diffusers", VideoDiT.published_class),
             ("vae", "diffusers", VideoVAE.published_class),
-            ("text_encoder", "video_dit.text", type(text).__name__),
+            *text.index_rows,
             ("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler"),
         ],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -39,6 +40,24 @@ def write_bytes(data: bytes, url: str, *parts: str) -> None:
     fs, path = fsspec.core.url_to_fs(_join(url, *parts))
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     fs.pipe_file(path, data)
+
+
+def copy_files(source: str, target: str) -> None:
+    """Copy the files of a folder, any fsspec URL, into another; what may hold code (pickles, scripts) stays behind.
+
+    Raises:
+        FileNotFoundError: nothing to copy.
+    """
+    fs, root = fsspec.core.url_to_fs(source.rstrip("/"))
+    paths = [path for path in fs.find(root) if path.endswith((".json", ".safetensors", ".model", ".txt"))]
+    if not paths:
+        raise FileNotFoundError(f"{source}: no files of a model")
+    target_fs, target_root = fsspec.core.url_to_fs(target.rstrip("/"))
+    for path in paths:
+        copy = f"{target_root}/{path.removeprefix(root).lstrip('/')}"
+        target_fs.makedirs(copy.rsplit("/", 1)[0], exist_ok=True)
+        with fs.open(path, "rb") as reader, target_fs.open(copy, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 24)
 
 
 def read_config(config_class: Callable[..., Any], url: str, subfolder: str = "") -> Any:
