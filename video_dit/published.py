@@ -15,6 +15,7 @@ from video_dit.key_tables import (
     published_names,
 )
 
+UNREAD = ("clip_output",)  # a field of Wan 2.2's published VAE config that no model has ever had
 HEAD_DIM = 128  # of every published Wan transformer; no tensor's shape tells it
 
 # A tensor that only this class has.
@@ -117,6 +118,19 @@ def config_from_shapes(
     }
 
 
+def default_config(class_name: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The config of a published checkpoint that comes without a config.json.
+
+    Raises:
+        ValueError: the tensors do not tell it.
+    """
+    if class_name in VAE_CONFIGS:
+        return VAE_CONFIGS[class_name]
+    if class_name == DIFFUSERS_VAE:
+        raise ValueError(f"the tensors of {class_name} do not tell how latents are normalised: give its config.json")
+    return config_from_shapes(shapes, class_name)
+
+
 def translate_config(values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """A published config.json in the field names of diffusers, which are ours; `_class_name` and the like are left out.
 
@@ -129,7 +143,7 @@ def translate_config(values: Mapping[str, Any], shapes: Mapping[str, Sequence[in
         ValueError: an original checkpoint of a kind that is not known.
     """
     if values.get("_class_name") != ORIGINAL_DIT:
-        return {key: value for key, value in values.items() if not key.startswith("_")}
+        return {key: value for key, value in values.items() if not key.startswith("_") and key not in UNREAD}
     kind, known = values.get("model_type", "t2v"), ("t2v", "ti2v", "i2v", "flf2v")
     if kind not in known:
         raise ValueError(f"model_type={kind!r}: known are {', '.join(known)}")

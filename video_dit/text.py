@@ -195,7 +195,9 @@ class UMT5Encoder:
         return F.pad(vectors, (0, 0, 0, limit - num_tokens)) if self.config.zero_padded else vectors  # max_tokens d
 
     def save_pretrained(self, url: str, subfolder: str = "text_encoder") -> None:
-        """Copy the encoder and its tokenizer into a model folder."""
+        """Copy the encoder and its tokenizer into another model folder."""
+        if url.rstrip("/") == self._url.rstrip("/"):
+            return
         weights.copy_files(f"{self._url}/{self._subfolder}", f"{url}/{subfolder}")
         weights.copy_files(f"{self._url}/tokenizer", f"{url}/tokenizer")
 

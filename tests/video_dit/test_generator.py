@@ -139,5 +139,5 @@ def test_a_transformer_that_wants_images_is_refused_before_any_work(tmp_path):
     save_random_pipeline(tmp_path)
     config = tmp_path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 36}))
-    with pytest.raises(ValueError, match="in_channels=36, image_dim=None: this transformer wants images"):
+    with pytest.raises(ValueError, match="in_channels=36, image_dim=None: must be the VAE's z_dim=4 and None"):
         read_limits(str(tmp_path))

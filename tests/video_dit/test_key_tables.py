@@ -18,7 +18,7 @@ from video_dit.key_tables import (
     to_published,
 )
 from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.published import VAE_CONFIGS, config_from_shapes, recognize, translate_config
+from video_dit.published import VAE_CONFIGS, config_from_shapes, default_config, recognize, translate_config
 from video_dit.vae import VideoVAE, VideoVAEConfig
 
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
@@ -166,6 +166,12 @@ def test_original_configs_of_one_kind_differ_in_what_the_tensors_say(kind, name)
         translate_config({**values, "model_type": "s2v"}, shapes)
 
 
+def test_the_config_of_wan_22s_vae_as_it_is_published():
+    values = VAE_CONFIGS[ORIGINAL_RESIDUAL_VAE]
+    published = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35.0", "clip_output": False, **values}
+    assert translate_config(published, {}) == values
+
+
 def test_what_shapes_cannot_tell_is_an_error():
     state = on_meta(VideoDiT, VideoDiTConfig(**SMALL_FLF2V)).state_dict()
     shapes = shapes_of(to_published(state, ORIGINAL_DIT))
@@ -176,6 +182,8 @@ def test_what_shapes_cannot_tell_is_an_error():
     del shapes["patch_embedding.weight"]
     with pytest.raises(ValueError, match=r"no tensor patch_embedding\.weight"):
         config_from_shapes(shapes, ORIGINAL_DIT)
+    with pytest.raises(ValueError, match=r"AutoencoderKLWan do not tell .*: give its config\.json"):
+        default_config(DIFFUSERS_VAE, {})
     with pytest.raises(ValueError, match=r"2 tensors \(a, b, ...\) are no checkpoint of"):
         recognize(["b", "a"])
     assert set(KEY_TABLES) == {DIFFUSERS_DIT, ORIGINAL_DIT, DIFFUSERS_VAE, ORIGINAL_VAE, ORIGINAL_RESIDUAL_VAE}
