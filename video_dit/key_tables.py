@@ -41,11 +41,13 @@ _VAE_MODULES = {
     ORIGINAL_RESIDUAL_VAE: {
         **_VAE_ENDS,
         **{
-            f"{half}.{way}_blocks.{n}.{ours}": f"{half}.{way}samples.{n}.{way}samples.{m}"
+            f"{half}.{way}_blocks.{n}.resnets.{m}": f"{half}.{way}samples.{n}.{way}samples.{m}"
             for half, way, num_blocks in (("encoder", "down", 2), ("decoder", "up", 3))
             for n in range(4)
-            for m, ours in enumerate([*(f"resnets.{m}" for m in range(num_blocks)), f"{way}sampler"])
+            for m in range(num_blocks)
         },
+        **{f"encoder.down_blocks.{n}.downsampler": f"encoder.downsamples.{n}.downsamples.2" for n in range(3)},
+        **{f"decoder.up_blocks.{n}.upsampler": f"decoder.upsamples.{n}.upsamples.3" for n in range(3)},
     },
 }
 _RESIDUAL_PARTS = {

@@ -118,16 +118,9 @@ def pack(
     Raises:
         ValueError: nothing to pack, lists of different lengths, or a side that is not a multiple of the patch.
     """
-    if not latents:
-        raise ValueError("pack needs at least one sample")
-    if not len(latents) == len(timesteps) == len(texts):
-        raise ValueError(
-            f"{len(latents)} latents, {len(timesteps)} timesteps and {len(texts)} texts: give as many of each"
-        )
-    if images is not None and len(images) != len(latents):
-        raise ValueError(f"{len(latents)} latents and {len(images)} images: give as many of each, or None")
+    _check_counts(len(latents), len(timesteps), len(texts), None if images is None else len(images))
     grids = [LatentShape(*sample.shape[1:]).grid(patch) for sample in latents]
-    contexts = [texts] if images is None else [texts, images]
+    contexts = [texts, images or texts]
     # Equal lengths side by side, so that attention runs them as one batch.
     order = sorted(range(len(latents)), key=lambda i: (grids[i].num_tokens, *(c[i].shape[0] for c in contexts)))
     grids = [grids[i] for i in order]
@@ -155,6 +148,15 @@ def pack(
     )
 
 
+def _check_counts(latents: int, timesteps: int, texts: int, images: int | None) -> None:
+    if not latents:
+        raise ValueError("pack needs at least one sample")
+    if not latents == timesteps == texts:
+        raise ValueError(f"{latents} latents, {timesteps} timesteps and {texts} texts: give as many of each")
+    if images not in (None, latents):
+        raise ValueError(f"{latents} latents and {images} images: give as many of each, or None")
+
+
 def _frame_timesteps(timestep: float | Tensor, grid: TokenGrid, device: torch.device) -> Tensor:
     values = torch.as_tensor(timestep, dtype=torch.float32, device=device)
     if values.ndim and values.shape != (grid.t,):
@@ -168,7 +170,7 @@ def concatenate(first: PackedBatch, second: PackedBatch) -> PackedBatch:
     Raises:
         ValueError: only one of them has images.
     """
-    images = [pack.images for pack in (first, second) if pack.images is not None]
+    images = [packed.images for packed in (first, second) if packed.images is not None]
     if len(images) == 1:
         raise ValueError("one pack has images and the other has none")
     image_lengths = first.image_lengths + second.image_lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,14 @@ from video_dit.key_tables import (
 
 UNREAD = ("clip_output",)  # a field of Wan 2.2's published VAE config that no model has ever had
 HEAD_DIM = 128  # of every published Wan transformer; no tensor's shape tells it
+
+# Fields of an original transformer's config.json -> diffusers'.
+ORIGINAL_FIELDS = {
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+}
 
 # A tensor that only this class has.
 MARKS = {
@@ -88,19 +97,24 @@ def config_from_shapes(
     """
 
     def shape(key: str) -> Sequence[int]:
-        name = published_names(key, class_name)[0]
-        if name not in shapes:
-            raise ValueError(f"no tensor {name} to tell the architecture of this {class_name} by")
-        return shapes[name]
+        return shapes.get(published_names(key, class_name)[0], ())
 
-    def has(key: str) -> bool:
-        return published_names(key, class_name)[0] in shapes
-
+    needed = (
+        "patch_embedding.weight",
+        "head.out.bias",
+        "text_mlp.0.weight",
+        "time_mlp.0.weight",
+        "blocks.0.mlp.0.bias",
+    )
+    for key in needed:
+        if not shape(key):
+            raise ValueError(f"no tensor {published_names(key, class_name)[0]} to tell the sizes of {class_name} by")
     dim, in_channels, *patch_size = shape("patch_embedding.weight")
     if num_attention_heads is None and dim % HEAD_DIM:
         raise ValueError(f"width {dim} is no multiple of {HEAD_DIM}, Wan's heads: give {class_name}'s config.json")
     heads = num_attention_heads or dim // HEAD_DIM
-    has_images = has("image_embedding.mlp.0.weight")
+    image_dim = next(iter(shape("image_embedding.mlp.0.weight")), None)
+    positions = shape("image_embedding.positions")
     return {
         "patch_size": tuple(patch_size),
         "num_attention_heads": heads,
@@ -110,11 +124,11 @@ def config_from_shapes(
         "text_dim": shape("text_mlp.0.weight")[1],
         "freq_dim": shape("time_mlp.0.weight")[1],
         "ffn_dim": shape("blocks.0.mlp.0.bias")[0],
-        "num_layers": next(n for n in range(len(shapes) + 1) if not has(f"blocks.{n}.modulation")),
-        "cross_attn_norm": has("blocks.0.norm_cross.weight"),
-        "image_dim": shape("image_embedding.mlp.0.weight")[0] if has_images else None,
-        "added_kv_proj_dim": dim if has_images else None,
-        "pos_embed_seq_len": shape("image_embedding.positions")[1] if has("image_embedding.positions") else None,
+        "num_layers": next(n for n in itertools.count() if not shape(f"blocks.{n}.modulation")),
+        "cross_attn_norm": bool(shape("blocks.0.norm_cross.weight")),
+        "image_dim": image_dim,
+        "added_kv_proj_dim": None if image_dim is None else dim,
+        "pos_embed_seq_len": positions[1] if positions else None,
     }
 
 
@@ -140,20 +154,18 @@ def translate_config(values: Mapping[str, Any], shapes: Mapping[str, Sequence[in
             models that do not (2.2): only the tensors tell. Other classes need none.
 
     Raises:
-        ValueError: an original checkpoint of a kind that is not known.
+        ValueError: an original checkpoint of a kind that is not known, or a field that is not there.
     """
     if values.get("_class_name") != ORIGINAL_DIT:
         return {key: value for key, value in values.items() if not key.startswith("_") and key not in UNREAD}
     kind, known = values.get("model_type", "t2v"), ("t2v", "ti2v", "i2v", "flf2v")
     if kind not in known:
         raise ValueError(f"model_type={kind!r}: known are {', '.join(known)}")
-    heads = values["num_heads"]
+    missing = [key for key in ("num_heads", *ORIGINAL_FIELDS) if key not in values]
+    if missing:
+        raise ValueError(f"config.json of {ORIGINAL_DIT}: no {', '.join(missing)}")
     return {
-        **config_from_shapes(shapes, ORIGINAL_DIT, heads),
-        "attention_head_dim": values["dim"] // heads,
-        "in_channels": values["in_dim"],
-        "out_channels": values["out_dim"],
-        "ffn_dim": values["ffn_dim"],
-        "num_layers": values["num_layers"],
+        **config_from_shapes(shapes, ORIGINAL_DIT, values["num_heads"]),
+        **{ours: values[key] for key, ours in ORIGINAL_FIELDS.items()},
         **{key: values[key] for key in ("freq_dim", "text_dim", "eps", "patch_size") if key in values},
     }

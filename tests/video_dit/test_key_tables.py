@@ -164,6 +164,9 @@ def test_original_configs_of_one_kind_differ_in_what_the_tensors_say(kind, name)
     assert VideoDiTConfig(**translate_config(values, shapes)) == config
     with pytest.raises(ValueError, match="model_type='s2v': known are t2v, ti2v, i2v, flf2v"):
         translate_config({**values, "model_type": "s2v"}, shapes)
+    del values["num_heads"]
+    with pytest.raises(ValueError, match="no num_heads"):
+        translate_config(values, shapes)
 
 
 def test_the_config_of_wan_22s_vae_as_it_is_published():

@@ -197,6 +197,13 @@ def test_saved_folder_is_read_by_diffusers(dit, tmp_path, max_shard_bytes):
         assert torch.equal(value, expected[name]), name
 
 
+def test_the_fused_keys_and_values_of_images_are_two_maps_for_muon():
+    dit = VideoDiT(VideoDiTConfig(**{**SMALL, **IMAGES["2.1 I2V"][0]}))
+    num_fused = {id(matrix.parameter): matrix.num_fused for matrix in dit.hidden_matrices()}
+    assert num_fused[id(dit.blocks[1].cross_attention.image_kv.weight)] == 2
+    assert id(dit.image_embedding.mlp[1].weight) not in num_fused
+
+
 def test_first_prediction_is_zero():
     torch.manual_seed(0)
     latents, timesteps, texts = random_samples()

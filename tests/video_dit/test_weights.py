@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from video_dit.key_tables import DIFFUSERS_DIT, ORIGINAL_DIT, match_published, to_published
 from video_dit.model import VideoDiT, VideoDiTConfig
@@ -125,3 +126,22 @@ def test_an_index_that_lies_and_a_class_that_nobody_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "Other"}))
     with pytest.raises(ValueError, match="_class_name='Other', known: "):
         VideoDiT.from_pretrained(str(tmp_path), subfolder="")
+
+
+def test_files_of_mixed_tensors_are_read_by_safetensors(tmp_path):
+    tensors = {
+        "odd": torch.arange(3).bfloat16(),
+        "turned": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
+        "rows": torch.arange(8.0).reshape(4, 2)[1:3],  # of another tensor's memory
+        "number": torch.tensor(7),
+        "none": torch.zeros(0, 4, dtype=torch.float16),
+    }
+    write_tensors(str(tmp_path), tensors, 1 << 30)
+    read = load_file(tmp_path / WEIGHTS)
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+    on_meta = {name: value.to("meta") for name, value in tensors.items()}
+    write_tensors(str(tmp_path / "lazy"), on_meta, 1 << 30, tensors.__getitem__)
+    assert (tmp_path / "lazy" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
