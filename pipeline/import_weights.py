@@ -111,14 +111,19 @@ def import_weights(config: ImportConfig) -> list[Imported]:
     """
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     text = _text_encoder(config)
+    sources = [
+        (part, url, given)
+        for part, url, given in (
+            ("transformer", config.transformer, config.transformer_config),
+            ("vae", config.vae, config.vae_config),
+        )
+        if url is not None
+    ]
+    for part, url, _ in sources:
+        _check_apart(url, store.join(config.out, part))
     with contextlib.ExitStack() as stack:
         plans = [
-            _plan(part, url, given, stack.enter_context(open_checkpoint(url)), dtype)
-            for part, url, given in (
-                ("transformer", config.transformer, config.transformer_config),
-                ("vae", config.vae, config.vae_config),
-            )
-            if url is not None
+            _plan(part, url, given, stack.enter_context(open_checkpoint(url)), dtype) for part, url, given in sources
         ]
         written = [_write(plan, config.out, dtype) for plan in plans]
     models = [part for part in ("transformer", "vae") if _has(config.out, part)]
@@ -198,6 +203,14 @@ def _local_file(url: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         fs.get_file(path, f"{folder}/checkpoint")
         yield f"{folder}/checkpoint"
+
+
+def _check_apart(url: str, target: str) -> None:
+    """What is read must not be written over."""
+    fs, path = store.filesystem(url)
+    target_fs, target_path = store.filesystem(target)
+    if fs == target_fs and f"{path}/".startswith(f"{target_path}/"):
+        raise ValueError(f"{url}: lies where it would be written, {target}: give another out")
 
 
 def _plan(part: str, url: str, config_url: str | None, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Plan:

@@ -195,9 +195,7 @@ class UMT5Encoder:
         return F.pad(vectors, (0, 0, 0, limit - num_tokens)) if self.config.zero_padded else vectors  # max_tokens d
 
     def save_pretrained(self, url: str, subfolder: str = "text_encoder") -> None:
-        """Copy the encoder and its tokenizer into another model folder."""
-        if url.rstrip("/") == self._url.rstrip("/"):
-            return
+        """Copy the encoder and its tokenizer into a model folder."""
         weights.copy_files(f"{self._url}/{self._subfolder}", f"{url}/{subfolder}")
         weights.copy_files(f"{self._url}/tokenizer", f"{url}/tokenizer")
 

@@ -45,6 +45,8 @@ def write_bytes(data: bytes, url: str, *parts: str) -> None:
 def copy_files(source: str, target: str) -> None:
     """Copy the files of a folder, any fsspec URL, into another; what may hold code (pickles, scripts) stays behind.
 
+    A folder that is copied onto itself stays as it is.
+
     Raises:
         FileNotFoundError: nothing to copy.
     """
@@ -53,6 +55,8 @@ def copy_files(source: str, target: str) -> None:
     if not paths:
         raise FileNotFoundError(f"{source}: no files of a model")
     target_fs, target_root = fsspec.core.url_to_fs(target.rstrip("/"))
+    if (fs, root) == (target_fs, target_root):
+        return
     for path in paths:
         copy = f"{target_root}/{path.removeprefix(root).lstrip('/')}"
         target_fs.makedirs(copy.rsplit("/", 1)[0], exist_ok=True)

@@ -128,6 +128,8 @@ def test_parts_come_one_after_the_other_and_make_a_folder_that_samples(tmp_path)
     assert (generator.schedule.shift, generator.fps, generator.text.dim) == (3.0, 24.0, 24)
     index = json.loads((Path(out) / "model_index.json").read_text())
     assert set(index) == {"_class_name", "transformer", "vae", "text_encoder", "scheduler"}
+    with pytest.raises(ValueError, match="lies where it would be written"):
+        import_weights(ImportConfig(transformer=f"{out}/transformer/diffusion_pytorch_model.safetensors", out=out))
     random_dit(**I2V).save_pretrained(str(tmp_path))
     import_weights(ImportConfig(transformer=str(tmp_path / "transformer"), out=out))
     assert "VideoDiT.from_pretrained" in next_step(out)  # no request can give it images
