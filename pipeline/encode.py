@@ -150,7 +150,7 @@ class EncodeShard:
         self._folder = folder
         self._device = "cuda" if config.num_gpus else "cpu"
         self._vae = VideoVAE.from_pretrained(model_uri, subfolder="vae").eval().to(self._device)
-        self._text_encoder = load_text_encoder(model_uri, subfolder="text_encoder")
+        self._text_encoder = load_text_encoder(model_uri, subfolder="text_encoder", device=self._device)
         self._reader = ClipReader(timeout_s=config.timeout_s)
         self._thread = ThreadPoolExecutor(max_workers=1)
 

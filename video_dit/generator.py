@@ -83,6 +83,11 @@ def read_limits(url: str) -> Limits:
 
 
 def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
+    if dit.in_channels != vae.z_dim or dit.image_dim is not None:
+        raise ValueError(
+            f"in_channels={dit.in_channels}, image_dim={dit.image_dim}: must be the VAE's z_dim={vae.z_dim} and None; "
+            "a transformer that takes images besides noise is driven from Python, no request can give them yet"
+        )
     return Limits(
         stride=Stride(vae.stride.t * dit.patch.t, vae.stride.h * dit.patch.h, vae.stride.w * dit.patch.w), fps=fps
     )
@@ -90,7 +95,8 @@ def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
 
 def _read_sampling(url: str) -> dict[str, float]:
     values = json.loads(weights.read_bytes(url, "scheduler", "scheduler_config.json"))
-    return {"shift": float(values.get("shift", 1.0)), "fps": float(values.get("fps", 16.0))}
+    shift = values.get("shift", values.get("flow_shift", 1.0))  # diffusers' Euler and UniPC schedulers
+    return {"shift": float(shift), "fps": float(values.get("fps", 16.0))}
 
 
 class Generator:
@@ -106,7 +112,8 @@ class Generator:
         sampling = _read_sampling(url)
         dit = VideoDiT.from_pretrained(url).to(device)
         vae = VideoVAE.from_pretrained(url).to(device)
-        return cls(dit, vae, load_text_encoder(url), RectifiedFlow(shift=sampling["shift"]), sampling["fps"])
+        text = load_text_encoder(url, device=device)
+        return cls(dit, vae, text, RectifiedFlow(shift=sampling["shift"]), sampling["fps"])
 
     @property
     def fps(self) -> float:
@@ -189,16 +196,20 @@ def video_to_u8(video: Tensor) -> Tensor:
     return rearrange(u8, "c t h w -> t h w c").cpu().contiguous()
 
 
-def save_pipeline_parts(url: str, text: TextEncoder, shift: float, fps: float) -> None:
+def save_pipeline_parts(
+    url: str, text: TextEncoder | None, shift: float, fps: float, models: Sequence[str] = ("transformer", "vae")
+) -> None:
     """Write what a model folder holds beside `transformer/` and `vae/`.
 
     Args:
         url: the model folder.
-        text: the text encoder the transformer was trained with.
+        text: the text encoder the transformer was trained with; None where it comes later.
         shift: of the sampling schedule.
         fps: frames per second of the training clips.
+        models: which of the two are there.
     """
-    text.save_pretrained(url)
+    if text is not None:
+        text.save_pretrained(url)
     scheduler = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
@@ -206,12 +217,12 @@ def save_pipeline_parts(url: str, text: TextEncoder, shift: float, fps: float) -
         "fps": fps,
     }
     weights.write_bytes((json.dumps(scheduler, indent=2) + "\n").encode(), url, "scheduler", "scheduler_config.json")
+    classes = {"transformer": VideoDiT.published_class, "vae": VideoVAE.published_class}
     weights.save_index(
         url,
         [
-            ("transformer", "diffusers", VideoDiT.published_class),
-            ("vae", "diffusers", VideoVAE.published_class),
-            ("text_encoder", "video_dit.text", type(text).__name__),
+            *((name, "diffusers", classes[name]) for name in models),
+            *(() if text is None else text.index_rows),
             ("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler"),
         ],
     )

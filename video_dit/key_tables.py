@@ -1,4 +1,4 @@
-"""Names of tensors and config fields in published checkpoints, and how they map to ours, both ways.
+"""Names of tensors in published checkpoints, and how they map to ours, both ways.
 
 Several of their tensors may be rows of one of ours, in order (a fused QKV). `{n}` is a block's number.
 """
@@ -7,11 +7,56 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
-DIFFUSERS_DIT, ORIGINAL_DIT, DIFFUSERS_VAE = "WanTransformer3DModel", "WanModel", "AutoencoderKLWan"
+DIFFUSERS_DIT, ORIGINAL_DIT = "WanTransformer3DModel", "WanModel"
+DIFFUSERS_VAE, ORIGINAL_VAE, ORIGINAL_RESIDUAL_VAE = "AutoencoderKLWan", "Wan2.1_VAE", "Wan2.2_VAE"
+
+# The original VAEs' modules, ours -> theirs. Theirs are numbered in one row: 2 residual blocks and a resampling a
+# stage of the encoder, 3 and one of the decoder; in 2.2 each stage has its own row.
+_VAE_ENDS = {
+    **{
+        f"{half}.{ours}": f"{half}.{theirs}"
+        for half in ("encoder", "decoder")
+        for ours, theirs in (
+            ("conv_in", "conv1"),
+            ("mid_block.resnets.0", "middle.0"),
+            ("mid_block.attentions.0", "middle.1"),
+            ("mid_block.resnets.1", "middle.2"),
+            ("norm_out", "head.0"),
+            ("conv_out", "head.2"),
+        )
+    },
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
+}
+_VAE_MODULES = {
+    ORIGINAL_VAE: {
+        **_VAE_ENDS,
+        **{f"encoder.down_blocks.{n}": f"encoder.downsamples.{n}" for n in range(11)},
+        **{f"decoder.up_blocks.{n}.resnets.{m}": f"decoder.upsamples.{4 * n + m}" for n in range(4) for m in range(3)},
+        **{f"decoder.up_blocks.{n}.upsamplers.0": f"decoder.upsamples.{4 * n + 3}" for n in range(3)},
+    },
+    ORIGINAL_RESIDUAL_VAE: {
+        **_VAE_ENDS,
+        **{
+            f"{half}.{way}_blocks.{n}.resnets.{m}": f"{half}.{way}samples.{n}.{way}samples.{m}"
+            for half, way, num_blocks in (("encoder", "down", 2), ("decoder", "up", 3))
+            for n in range(4)
+            for m in range(num_blocks)
+        },
+        **{f"encoder.down_blocks.{n}.downsampler": f"encoder.downsamples.{n}.downsamples.2" for n in range(3)},
+        **{f"decoder.up_blocks.{n}.upsampler": f"decoder.upsamples.{n}.upsamples.3" for n in range(3)},
+    },
+}
+_RESIDUAL_PARTS = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
 
 # Published class -> our module -> their modules; what no row names is called the same.
 KEY_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -22,6 +67,11 @@ KEY_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "time_modulation": ("condition_embedder.time_proj",),
         "text_mlp.0": ("condition_embedder.text_embedder.linear_1",),
         "text_mlp.2": ("condition_embedder.text_embedder.linear_2",),
+        "image_embedding.positions": ("condition_embedder.image_embedder.pos_embed",),
+        "image_embedding.mlp.0": ("condition_embedder.image_embedder.norm1",),
+        "image_embedding.mlp.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
+        "image_embedding.mlp.3": ("condition_embedder.image_embedder.ff.net.2",),
+        "image_embedding.mlp.4": ("condition_embedder.image_embedder.norm2",),
         "blocks.{n}.modulation": ("blocks.{n}.scale_shift_table",),
         "blocks.{n}.self_attention.qkv": tuple(f"blocks.{{n}}.attn1.to_{part}" for part in "qkv"),
         "blocks.{n}.self_attention.norm_q": ("blocks.{n}.attn1.norm_q",),
@@ -31,6 +81,8 @@ KEY_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "blocks.{n}.cross_attention.kv": tuple(f"blocks.{{n}}.attn2.to_{part}" for part in "kv"),
         "blocks.{n}.cross_attention.norm_q": ("blocks.{n}.attn2.norm_q",),
         "blocks.{n}.cross_attention.norm_k": ("blocks.{n}.attn2.norm_k",),
+        "blocks.{n}.cross_attention.image_kv": tuple(f"blocks.{{n}}.attn2.add_{part}_proj" for part in "kv"),
+        "blocks.{n}.cross_attention.norm_image_k": ("blocks.{n}.attn2.norm_added_k",),
         "blocks.{n}.cross_attention.out": ("blocks.{n}.attn2.to_out.0",),
         "blocks.{n}.norm_cross": ("blocks.{n}.norm2",),
         "blocks.{n}.mlp.0": ("blocks.{n}.ffn.net.0.proj",),
@@ -42,17 +94,32 @@ KEY_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "time_mlp": ("time_embedding",),
         "time_modulation": ("time_projection.1",),
         "text_mlp": ("text_embedding",),
+        "image_embedding.positions": ("img_emb.emb_pos",),
+        "image_embedding.mlp": ("img_emb.proj",),
         "blocks.{n}.self_attention.qkv": tuple(f"blocks.{{n}}.self_attn.{part}" for part in "qkv"),
         "blocks.{n}.self_attention.out": ("blocks.{n}.self_attn.o",),
         "blocks.{n}.self_attention": ("blocks.{n}.self_attn",),
         "blocks.{n}.cross_attention.kv": tuple(f"blocks.{{n}}.cross_attn.{part}" for part in "kv"),
+        "blocks.{n}.cross_attention.image_kv": tuple(f"blocks.{{n}}.cross_attn.{part}_img" for part in "kv"),
+        "blocks.{n}.cross_attention.norm_image_k": ("blocks.{n}.cross_attn.norm_k_img",),
         "blocks.{n}.cross_attention.out": ("blocks.{n}.cross_attn.o",),
         "blocks.{n}.cross_attention": ("blocks.{n}.cross_attn",),
         "blocks.{n}.norm_cross": ("blocks.{n}.norm3",),
         "blocks.{n}.mlp": ("blocks.{n}.ffn",),
         "head.out": ("head.head",),
     },
+    **{
+        class_name: {
+            **{f"{ours}.{part}": (f"{theirs}.{name}",) for ours, theirs in modules.items() for part, name in parts},
+            **{ours: (theirs,) for ours, theirs in modules.items()},
+        }
+        for parts in [_RESIDUAL_PARTS.items()]
+        for class_name, modules in _VAE_MODULES.items()
+    },
 }
+
+# Published tensors that no model uses: diffusers' first conversions of the image-to-video models carry them along.
+UNUSED = {DIFFUSERS_DIT: re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")}
 
 
 def published_names(key: str, class_name: str) -> tuple[str, ...]:
@@ -85,6 +152,9 @@ def match_published(
         expected: our state dict; only names and shapes are looked at (meta tensors do).
         class_name: a key of KEY_TABLES.
 
+    Returns:
+        the names of the tensors, in order, that each of ours is made of.
+
     Raises:
         ValueError: listing every missing, unexpected and mis-shaped tensor.
     """
@@ -98,7 +168,9 @@ def match_published(
         for name, shape in wanted.items()
         if name in shapes and tuple(shapes[name]) != shape
     ]
-    missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
+    unused = UNUSED.get(class_name)
+    missing = sorted(wanted.keys() - shapes.keys())
+    unexpected = sorted(name for name in shapes.keys() - wanted.keys() if not (unused and unused.fullmatch(name)))
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
@@ -107,25 +179,3 @@ def match_published(
     if problems:
         raise ValueError(f"the weights do not fit {class_name} with this config; " + "; ".join(problems))
     return sources
-
-
-def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A published config.json in the field names of diffusers, which are ours; `_class_name` and the like are left out.
-
-    Raises:
-        ValueError: an original checkpoint of a kind that is not known.
-    """
-    if values.get("_class_name") != ORIGINAL_DIT:
-        return {key: value for key, value in values.items() if not key.startswith("_")}
-    kind = values.get("model_type", "t2v")
-    if kind not in ("t2v", "ti2v"):
-        raise ValueError(f"model_type={kind!r}: only 't2v' and 'ti2v' checkpoints are known")
-    return {
-        "num_attention_heads": values["num_heads"],
-        "attention_head_dim": values["dim"] // values["num_heads"],
-        "in_channels": values["in_dim"],
-        "out_channels": values["out_dim"],
-        "ffn_dim": values["ffn_dim"],
-        "num_layers": values["num_layers"],
-        **{key: values[key] for key in ("freq_dim", "text_dim", "eps", "patch_size") if key in values},
-    }

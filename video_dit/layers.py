@@ -84,25 +84,68 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(y, "n heads e -> n (heads e)"))
 
 
-class CrossAttention(nn.Module):
-    """Attention of a sample's tokens to its own text."""
+class ImageEmbedding(nn.Module):
+    """CLIP's vectors of a sample's images to the model's width (Wan 2.1 image-to-video): norm, MLP, norm.
 
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+    With `num_positions`, every image token of a sample first gets the learned vector of its place among them, which
+    tells the first frame from the last.
+    """
+
+    def __init__(self, image_dim: int, dim: int, num_positions: int | None) -> None:
+        super().__init__()
+        self.positions = None if num_positions is None else nn.Parameter(torch.zeros(1, num_positions, image_dim))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """m c -> m d; with positions, every sample has as many image tokens as there are positions."""
+        if self.positions is not None:
+            samples = rearrange(images, "(b m) c -> b m c", m=self.positions.shape[1])
+            images = rearrange(samples + self.positions, "b m c -> (b m) c")
+        return self.mlp(images)  # m d
+
+
+class CrossAttention(nn.Module):
+    """Attention of a sample's tokens to its own text and, with `sees_images`, to its own images; the two add up."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, sees_images: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
+        if sees_images:
+            self.image_kv = nn.Linear(dim, 2 * dim)
+            self.norm_image_k = nn.RMSNorm(dim, eps=eps)
         self.out = nn.Linear(dim, dim)
         self.attend: Attend = attend
 
-    def forward(self, x: Tensor, text: Tensor, segments: Segments) -> Tensor:
-        """n d, s d -> n d."""
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        segments: Segments,
+        images: Tensor | None = None,
+        image_segments: Segments | None = None,
+    ) -> Tensor:
+        """n d, s d, perhaps m d -> n d."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # n heads e
-        k, v = self.kv(text).chunk(2, dim=-1)  # s d each
-        k, v = split_heads(self.norm_k(k), self.num_heads), split_heads(v, self.num_heads)  # s heads e
-        return self.out(rearrange(self.attend(q, k, v, segments), "n heads e -> n (heads e)"))
+        y = self._attend(q, self.kv(text), self.norm_k, segments)
+        if images is not None and image_segments is not None:
+            y = y + self._attend(q, self.image_kv(images), self.norm_image_k, image_segments)
+        return self.out(rearrange(y, "n heads e -> n (heads e)"))
+
+    def _attend(self, q: Tensor, kv: Tensor, norm_k: nn.Module, segments: Segments) -> Tensor:
+        """n heads e, s 2d -> n heads e."""
+        k, v = kv.chunk(2, dim=-1)  # s d each
+        k, v = split_heads(norm_k(k), self.num_heads), split_heads(v, self.num_heads)  # s heads e
+        return self.attend(q, k, v, segments)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from video_dit import weights
 from video_dit.attention import Segments, attention_backend
 from video_dit.layers import (
     CrossAttention,
+    ImageEmbedding,
     Modulation,
     PatchEmbedding,
     SelfAttention,
@@ -36,7 +37,8 @@ class VideoDiTConfig:
     Attributes:
         patch_size: latent frames, rows and columns in one token.
         num_attention_heads, attention_head_dim: width d is their product.
-        in_channels, out_channels: channels of the latents.
+        in_channels: channels of the latents, and of a condition behind them where there is one (Wan's 36).
+        out_channels: channels of the prediction.
         text_dim: width of the text encoder's vectors.
         freq_dim: width of the sinusoidal timestep embedding.
         ffn_dim: hidden width of the MLP.
@@ -44,7 +46,9 @@ class VideoDiTConfig:
         cross_attn_norm: whether cross-attention has a norm with weights in front.
         qk_norm: only "rms_norm_across_heads".
         eps: of all norms.
-        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning through CLIP; only None.
+        image_dim: width of CLIP's vectors of the images that condition a sample (Wan 2.1's I2V); None for no images.
+        added_kv_proj_dim: width of the image tokens in cross-attention: d where there is an image_dim.
+        pos_embed_seq_len: image tokens of every sample, where each has a learned position (first and last frame).
         rope_max_seq_len: kept for the published configs; positions are computed for any length.
     """
 
@@ -72,14 +76,20 @@ class VideoDiTConfig:
             )
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm={self.qk_norm!r}: only 'rms_norm_across_heads'")
-        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: CLIP image conditioning is not supported, must be null"
-                )
-        for name in ("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in (
+            *("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers"),
+            *("image_dim", "pos_embed_seq_len"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        width = None if self.image_dim is None else self.dim
+        if self.added_kv_proj_dim != width:
+            raise ValueError(
+                f"added_kv_proj_dim={self.added_kv_proj_dim}: must be {width} with image_dim={self.image_dim}"
+            )
+        if self.pos_embed_seq_len is not None and self.image_dim is None:
+            raise ValueError(f"pos_embed_seq_len={self.pos_embed_seq_len}: must be None without an image_dim")
 
     @property
     def dim(self) -> int:
@@ -93,7 +103,7 @@ class VideoDiTConfig:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text (ungated), MLP; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention to text and images (ungated), MLP; first and last modulated by the timestep."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
@@ -102,7 +112,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attention = SelfAttention(dim, heads, eps)
         self.norm_cross = nn.LayerNorm(dim, eps=eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attention = CrossAttention(dim, heads, eps)
+        self.cross_attention = CrossAttention(dim, heads, eps, sees_images=config.image_dim is not None)
         self.mlp = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
 
     def forward(
@@ -114,14 +124,16 @@ class Block(nn.Module):
         rotation: Tensor,
         self_segments: Segments,
         cross_segments: Segments,
+        images: Tensor | None = None,
+        image_segments: Segments | None = None,
     ) -> Tensor:
-        """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2 -> n d."""
+        """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2, perhaps images m d -> n d."""
         # index_select, not [...]: its backward adds up in a fixed order, whatever the number of threads
         table = (self.modulation.float() + time).index_select(0, frame_of_token).unbind(1)  # six of n d
         attention, mlp = Modulation(*table[:3]), Modulation(*table[3:])
         y = modulate(x, attention.shift, attention.scale, self.eps)
         x = gated(x, self.self_attention(y, rotation, self_segments), attention.gate)
-        x = x + self.cross_attention(self.norm_cross(x), text, cross_segments)
+        x = x + self.cross_attention(self.norm_cross(x), text, cross_segments, images, image_segments)
         y = modulate(x, mlp.shift, mlp.scale, self.eps)
         return gated(x, self.mlp(y), mlp.gate)
 
@@ -157,6 +169,9 @@ class VideoDiT(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_modulation = nn.Linear(dim, 6 * dim)
         self.text_mlp = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.image_embedding = (
+            None if config.image_dim is None else ImageEmbedding(config.image_dim, dim, config.pos_embed_seq_len)
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self._rotations: dict[tuple[TokenGrid, torch.device], Tensor] = {}
@@ -180,6 +195,9 @@ class VideoDiT(nn.Module):
 
         Returns:
             n (c pt ph pw), in the layout of `packed.tokens`; `packed.unpack` gives latents.
+
+        Raises:
+            ValueError: a pack without the images that this model needs, or with images that it cannot take.
         """
         embedding = timestep_embedding(packed.timesteps, self.config.freq_dim)  # f freq
         time = self.time_mlp(embedding.to(packed.tokens.dtype)).float()  # f d
@@ -187,10 +205,12 @@ class VideoDiT(nn.Module):
             self.time_modulation(nn.functional.silu(time).to(packed.tokens.dtype)).float(), "f (k d) -> f k d", k=6
         )
         text = self.text_mlp(packed.text)  # s d
+        images = self._embed_images(packed)  # m d
         rotation = self._rotation(packed)  # n e/2
         x = self.patch_embedding(packed.tokens)  # n d
+        segments = packed.self_segments, packed.cross_segments
         for block in self.blocks:
-            x = block(x, text, shared, packed.frame_of_token, rotation, packed.self_segments, packed.cross_segments)
+            x = block(x, text, shared, packed.frame_of_token, rotation, *segments, images, packed.image_segments)
         return self.head(x, time, packed.frame_of_token)  # n (c pt ph pw)
 
     def use_attention(self, name: str) -> None:
@@ -206,12 +226,26 @@ class VideoDiT(nn.Module):
 
     def hidden_matrices(self) -> list[Matrix]:
         """The blocks' linear maps: what Muon may train."""
-        fused = {"qkv": 3, "kv": 2}
+        fused = {"qkv": 3, "kv": 2, "image_kv": 2}
         return [
             Matrix(module.get_parameter("weight"), fused.get(name.rsplit(".", 1)[-1], 1))
             for name, module in self.blocks.named_modules()
             if isinstance(module, nn.Linear)
         ]
+
+    def _embed_images(self, packed: PackedBatch) -> Tensor | None:
+        """The pack's images at the model's width, m d; None for a model without."""
+        if self.image_embedding is None:
+            if packed.images is not None:
+                raise ValueError("the pack holds images, but this model has no image_dim")
+            return None
+        image_dim, num_positions = self.config.image_dim, self.config.pos_embed_seq_len
+        if packed.images is None or packed.images.shape[1] != image_dim:
+            found = "none" if packed.images is None else f"vectors of {packed.images.shape[1]}"
+            raise ValueError(f"image_dim={image_dim}: pack(images=...) must hold vectors of that width, it has {found}")
+        if num_positions is not None and set(packed.image_lengths) != {num_positions}:
+            raise ValueError(f"pos_embed_seq_len={num_positions}: samples have {packed.image_lengths} image tokens")
+        return self.image_embedding(packed.images)
 
     def _rotation(self, packed: PackedBatch) -> Tensor:
         device = packed.tokens.device

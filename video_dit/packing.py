@@ -30,10 +30,13 @@ class PackedBatch:
         frame_of_token: n, row of `timesteps` that each token belongs to.
         grids: token grid of each sample, in packed order.
         text_lengths: text tokens of each sample, in packed order.
+        images: m c, the samples' image tokens, for models that take them; else None.
+        image_lengths: image tokens of each sample, in packed order; () without images.
         order: place of each packed sample in the caller's list.
         patch: latent frames, rows and columns in one token.
         self_segments: which tokens see which tokens.
         cross_segments: which tokens see which text.
+        image_segments: which tokens see which images; None without images.
     """
 
     tokens: Tensor
@@ -46,6 +49,9 @@ class PackedBatch:
     patch: Stride
     self_segments: Segments
     cross_segments: Segments
+    images: Tensor | None = None
+    image_lengths: tuple[int, ...] = ()
+    image_segments: Segments | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +75,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack on another device."""
-        names = ("tokens", "timesteps", "text", "frame_of_token")
+        names = ["tokens", "timesteps", "text", "frame_of_token", *(["images"] if self.image_lengths else [])]
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
@@ -98,6 +104,7 @@ def pack(
     timesteps: Sequence[float | Tensor],
     texts: Sequence[Tensor],
     patch: Stride = WAN_PATCH,
+    images: Sequence[Tensor] | None = None,
 ) -> PackedBatch:
     """Pack samples into one sequence.
 
@@ -106,21 +113,19 @@ def pack(
         timesteps: in [0, 1000]; a number, or one for each frame of tokens, (t / patch.t,).
         texts: (s, d) each, s >= 1.
         patch: latent frames, rows and columns in one token.
+        images: (m, c) each, m >= 1: vectors of the images that condition a sample; None for models without.
 
     Raises:
         ValueError: nothing to pack, lists of different lengths, or a side that is not a multiple of the patch.
     """
-    if not latents:
-        raise ValueError("pack needs at least one sample")
-    if not len(latents) == len(timesteps) == len(texts):
-        raise ValueError(
-            f"{len(latents)} latents, {len(timesteps)} timesteps and {len(texts)} texts: give as many of each"
-        )
+    _check_counts(len(latents), len(timesteps), len(texts), None if images is None else len(images))
     grids = [LatentShape(*sample.shape[1:]).grid(patch) for sample in latents]
+    contexts = [texts, images or texts]
     # Equal lengths side by side, so that attention runs them as one batch.
-    order = sorted(range(len(latents)), key=lambda i: (grids[i].num_tokens, texts[i].shape[0]))
+    order = sorted(range(len(latents)), key=lambda i: (grids[i].num_tokens, *(c[i].shape[0] for c in contexts)))
     grids = [grids[i] for i in order]
     text_lengths = [texts[i].shape[0] for i in order]
+    image_lengths = [] if images is None else [images[i].shape[0] for i in order]
     lengths = [grid.num_tokens for grid in grids]
     device = latents[0].device
     tokens_per_frame = torch.tensor([grid.h * grid.w for grid in grids for _ in range(grid.t)])
@@ -137,7 +142,19 @@ def pack(
         patch=patch,
         self_segments=Segments.of(lengths, lengths),
         cross_segments=Segments.of(lengths, text_lengths),
+        images=None if images is None else torch.cat([images[i] for i in order]),
+        image_lengths=tuple(image_lengths),
+        image_segments=Segments.of(lengths, image_lengths) if image_lengths else None,
     )
+
+
+def _check_counts(latents: int, timesteps: int, texts: int, images: int | None) -> None:
+    if not latents:
+        raise ValueError("pack needs at least one sample")
+    if not latents == timesteps == texts:
+        raise ValueError(f"{latents} latents, {timesteps} timesteps and {texts} texts: give as many of each")
+    if images not in (None, latents):
+        raise ValueError(f"{latents} latents and {images} images: give as many of each, or None")
 
 
 def _frame_timesteps(timestep: float | Tensor, grid: TokenGrid, device: torch.device) -> Tensor:
@@ -148,7 +165,15 @@ def _frame_timesteps(timestep: float | Tensor, grid: TokenGrid, device: torch.de
 
 
 def concatenate(first: PackedBatch, second: PackedBatch) -> PackedBatch:
-    """Two packs as one, the samples of the second behind those of the first."""
+    """Two packs as one, the samples of the second behind those of the first.
+
+    Raises:
+        ValueError: only one of them has images.
+    """
+    images = [packed.images for packed in (first, second) if packed.images is not None]
+    if len(images) == 1:
+        raise ValueError("one pack has images and the other has none")
+    image_lengths = first.image_lengths + second.image_lengths
     grids = first.grids + second.grids
     text_lengths = first.text_lengths + second.text_lengths
     lengths = [grid.num_tokens for grid in grids]
@@ -163,4 +188,7 @@ def concatenate(first: PackedBatch, second: PackedBatch) -> PackedBatch:
         patch=first.patch,
         self_segments=Segments.of(lengths, lengths),
         cross_segments=Segments.of(lengths, text_lengths),
+        images=torch.cat(images) if images else None,
+        image_lengths=image_lengths,
+        image_segments=Segments.of(lengths, image_lengths) if image_lengths else None,
     )

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read one by one by their byte ranges wherever fsspec reaches, and written in shards.
+"""Tensors in safetensors files, read one by one by their byte ranges wherever fsspec reaches, and written alike.
 
 A reader holds no tensor but the one it fills, so a model's memory never exceeds its weights by more than a read buffer.
 Source of the format: https://github.com/huggingface/safetensors#format.
@@ -10,13 +10,12 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import fsspec
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 NAME = "diffusion_pytorch_model"
@@ -39,6 +38,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -51,7 +51,9 @@ class StoredTensor(NamedTuple):
 
 
 class TensorReader:
-    """All tensors of a folder: one safetensors file, or shards with an index. A context manager: it keeps files open.
+    """All tensors of a safetensors file, or of a folder with one, or with shards and an index.
+
+    A context manager: it keeps files open.
 
     Attributes:
         tensors: by name, from the headers alone.
@@ -100,6 +102,8 @@ class TensorReader:
         return target
 
     def _read_headers(self, url: str) -> dict[str, StoredTensor]:
+        if url.endswith(".safetensors"):
+            return self._read_header(url)
         fs, root = fsspec.core.url_to_fs(url)
         if not fs.exists(f"{root}/{INDEX}"):
             return self._read_header(f"{url}/{WEIGHTS}")
@@ -137,32 +141,59 @@ def _stored(url: str, name: str, entry: Mapping[str, Any], data_start: int, file
     return StoredTensor(url, data_start + start, dtype, shape)
 
 
-def write_tensors(url: str, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Write tensors as one file, or as numbered shards with an index when they are larger than `max_shard_bytes`.
+def write_tensors(
+    url: str,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int,
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write tensors one by one as one file, or as numbered shards with an index if larger than `max_shard_bytes`.
 
     A folder that held more shards before keeps the rest, unread: the index tells which ones count.
+
+    Args:
+        url: of the folder.
+        tensors: by name.
+        max_shard_bytes: of the tensors in one file.
+        read: gives the values of a tensor where `tensors` has them on the meta device.
     """
     fs, root = fsspec.core.url_to_fs(url)
     fs.makedirs(root, exist_ok=True)
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
-        fs.pipe_file(f"{root}/{WEIGHTS}", _serialize(shards[0]))
+        _write_file(fs, f"{root}/{WEIGHTS}", shards[0], read)
         if fs.exists(f"{root}/{INDEX}"):
             fs.rm_file(f"{root}/{INDEX}")
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"{NAME}-{number:05d}-of-{len(shards):05d}.safetensors"
-        fs.pipe_file(f"{root}/{file}", _serialize(shard))
+        _write_file(fs, f"{root}/{file}", shard, read)
         weight_map.update(dict.fromkeys(shard, file))
     total_bytes = sum(value.nbytes for value in tensors.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     fs.pipe_file(f"{root}/{INDEX}", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _serialize(shard: Mapping[str, Tensor]) -> bytes:
-    apart = {name: value.clone(memory_format=torch.contiguous_format) for name, value in shard.items()}
-    return save_safetensors(apart, metadata={"format": "pt"})  # it refuses tensors that share memory
+def _write_file(
+    fs: fsspec.AbstractFileSystem, path: str, shard: Mapping[str, Tensor], read: Callable[[str], Tensor] | None
+) -> None:
+    names = sorted(shard, key=lambda name: -shard[name].itemsize)  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + shard[name].nbytes
+        dtype, shape = DTYPE_NAMES[shard[name].dtype], list(shard[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with fs.open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for name in names:
+            value = (shard[name] if read is None else read(name)).detach().cpu().contiguous()
+            flat = value.view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(flat), CHUNK_BYTES):
+                file.write(flat[start : start + CHUNK_BYTES])
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """The generator: the same video whatever else is in the batch, progress, cancelling and clear errors."""
 
+import json
+
 import pytest
 import torch
 
@@ -124,3 +126,18 @@ def test_the_schedule_is_the_folders(tmp_path):
     generator = Generator.from_pretrained(str(tmp_path))
     assert generator.schedule == RectifiedFlow(shift=1.0)
     assert generator.fps == 24.0
+
+
+def test_a_published_scheduler_tells_its_shift(tmp_path):
+    save_random_pipeline(tmp_path)
+    published = {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "flow_shift": 3.0}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(published))
+    assert Generator.from_pretrained(str(tmp_path)).schedule == RectifiedFlow(shift=3.0)
+
+
+def test_a_transformer_that_wants_images_is_refused_before_any_work(tmp_path):
+    save_random_pipeline(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 36}))
+    with pytest.raises(ValueError, match="in_channels=36, image_dim=None: must be the VAE's z_dim=4 and None"):
+        read_limits(str(tmp_path))
