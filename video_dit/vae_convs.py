@@ -7,6 +7,7 @@ by Winograd's minimal filtering over time (Lavin and Gray, arXiv 1509.09308).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ class CausalConv3d(nn.Conv3d):
     """A convolution over frames, rows and columns whose output sees no later frame: odd kernel, stride 1."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.border = kernel[1] // 2, kernel[2] // 2
+        super().__init__(in_channels, out_channels, kernel, padding=(0, *self.border))
         self.num_past = kernel[0] - 1
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -74,21 +76,20 @@ class CausalConv3d(nn.Conv3d):
         if cache is not None and self.num_past:
             x = cache.extend(self, x, self.num_past)
         if self.num_past == 0 or (is_start and num_frames == 1):  # an image: all other taps would see zeros
-            return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), self.padding)
+            return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), (0, *self.border))
         if self.num_past == 2 and filtering_pays(x, num_frames - is_start):
             return self._filter(x, is_start)
         if is_start:
-            x = F.pad(x, (0, 0, 0, 0, self.num_past, 0))
-        return convolve(x, self.weight, self.bias, (1, 1, 1), self.padding)
+            x = torch.cat([torch.zeros_like(x[:, :, : self.num_past]), x], dim=2)
+        return convolve(x, self.weight, self.bias, (1, 1, 1), (0, *self.border))
 
     def _filter(self, x: Tensor, is_start: bool) -> Tensor:
-        """The valid convolution over time, frame by frame; at the start the first frame stands alone."""
-        frames = list(x.movedim(1, -1).unbind(1))  # b h w c each
-        outputs = []
+        """The valid convolution over time; at the start the first frame stands alone."""
+        frames, outputs = rearrange(x, "b c t h w -> t b h w c"), []
         if is_start:
-            outputs.append(_convolve_frame(frames[0], self.weight[:, :, -1], self.bias, self.padding[1:]))
-            frames.insert(0, torch.zeros_like(frames[0]))
-        outputs += filter_frames(frames, self.weight, self.bias, self.padding[1:])
+            outputs.append(_convolve_frame(frames[0], self.weight[:, :, -1], self.bias, self.border))
+            frames = torch.cat([torch.zeros_like(frames[:1]), frames])
+        outputs += filter_frames(frames, self.weight, self.bias, self.border)
         return torch.stack(outputs, dim=1).movedim(-1, 1)
 
 
@@ -127,28 +128,35 @@ class Filter(NamedTuple):
     Attributes:
         inputs: transform of the inputs, m + 2 by m + 2.
         taps: transform of the taps, m + 2 by 3.
-        outputs: transform of the products, m by m + 2; the column of point 1 is all ones.
+        outputs: transform of the products, m by m + 2.
+        bias: share of each product in a constant that is to reach all outputs, m + 2.
     """
 
-    inputs: list[list[float]]
-    taps: list[list[float]]
-    outputs: list[list[float]]
+    inputs: Tensor
+    taps: Tensor
+    outputs: Tensor
+    bias: Tensor
 
 
-FILTERS = {
-    4: Filter(
-        [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
-         [0, 4, 0, -5, 0, 1]],
-        [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6],
-         [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
-        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-    ),
-    2: Filter(
-        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
-        [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-        [[1, 1, 1, 0], [0, 1, -1, 1]],
-    ),
-}  # fmt: skip
+# Outputs a tile and its interpolation points, besides infinity; those of 4 have the smallest errors in float32.
+POINTS = {4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), 2: (0, 1, -1)}
+
+
+@functools.cache
+@torch.inference_mode(False)
+def minimal_filter(size: int) -> Filter:
+    """The transforms for tiles of `size` outputs, float32: the product of polynomials by interpolation, transposed."""
+    points = torch.tensor(POINTS[size], dtype=torch.float64)
+
+    def powers(count: int) -> Tensor:
+        at_infinity = F.one_hot(torch.tensor([count - 1]), count)
+        return torch.cat([torch.linalg.vander(points, N=count), at_infinity])  # size + 2, count
+
+    outputs = powers(size).T
+    transforms = powers(size + 2).inverse().T, powers(3), outputs, torch.linalg.pinv(outputs).sum(dim=1)
+    return Filter(*(matrix.float() for matrix in transforms))
+
+
 MIN_CHANNELS, MIN_PIXELS = 32, 2048  # below, the transforms cost more than the multiplications they save
 
 
@@ -163,11 +171,11 @@ def filtering_pays(x: Tensor, num_outputs: int) -> bool:
     )
 
 
-def filter_frames(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> list[Tensor]:
+def filter_frames(frames: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> list[Tensor]:
     """Three-tap convolution over time with fewer multiplications; equal to rounding.
 
     Args:
-        frames: n + 2 of b h w c.
+        frames: n + 2, b h w c.
         weight: c_out c 3 rows columns.
         bias: c_out.
         padding: rows and columns of zeros on each side.
@@ -175,29 +183,28 @@ def filter_frames(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None,
     Returns:
         n of b h w c_out.
     """
-    outputs: list[Tensor] = []
     taps = rearrange(weight, "o c k h w -> k (o h w c)")
-    for size in (4, 2):
+    outputs: list[Tensor] = []
+    for size in POINTS:
         num_tiles = (len(frames) - 2 - len(outputs)) // size
-        if not num_tiles:
-            continue
-        inputs, spread, gather = (taps.new_tensor(matrix) for matrix in FILTERS[size])
-        kernels = rearrange(
-            spread @ taps, "p (o h w c) -> p o c h w", o=weight.shape[0], c=weight.shape[1], h=weight.shape[3]
-        )
-        for _ in range(num_tiles):
-            window = torch.stack(list(frames[len(outputs) : len(outputs) + size + 2]))  # p b h w c
-            points = (inputs @ window.flatten(1)).view(window.shape)
-            products = torch.stack(
-                [
-                    _convolve_frame(point, kernel, bias if number == 1 else None, padding)
-                    for number, (point, kernel) in enumerate(zip(points, kernels, strict=True))
-                ]
-            )  # p b h w c_out; the bias of point 1 reaches every output once
-            outputs += (gather @ products.flatten(1)).view(size, *products.shape[1:]).unbind()
+        if num_tiles:
+            transforms = minimal_filter(size)
+            kernels = (transforms.taps @ taps).view(-1, weight.shape[0], *weight.shape[3:], weight.shape[1])
+            biases = [None] * (size + 2) if bias is None else list(torch.outer(transforms.bias, bias))
+            rest = frames[len(outputs) : len(outputs) + num_tiles * size + 2]
+            for window in rest.unfold(0, size + 2, size).unbind():  # b h w c p each
+                points = (transforms.inputs @ window.movedim(-1, 0).flatten(1)).view(-1, *frames.shape[1:])  # p b h w c
+                products = torch.stack(
+                    [
+                        _convolve_frame(point, kernel.movedim(-1, 1), point_bias, padding)
+                        for point, kernel, point_bias in zip(points, kernels, biases, strict=True)
+                    ]
+                )  # p b h w c_out
+                outputs += (transforms.outputs @ products.flatten(1)).view(size, *products.shape[1:]).unbind()
     if len(outputs) < len(frames) - 2:
-        rest = torch.stack(list(frames[len(outputs) :]), dim=1).movedim(-1, 1)  # b c 3 h w
-        outputs.append(convolve(rest, weight, bias, (1, 1, 1), (0, *padding)).squeeze(2).movedim(1, -1))
+        rest = rearrange(frames[len(outputs) :], "t b h w c -> b c t h w")
+        last = convolve(rest, weight, bias, (1, 1, 1), (0, *padding))  # b c_out 1 h w
+        outputs.append(rearrange(last, "b c 1 h w -> b h w c"))
     return outputs
 
 

@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`b c t h w` to the same shape and dtype; the norm is taken in float32."""
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # b 1 t h w
+        """`b c t h w` to the same shape and dtype; the norm is taken in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)  # b 1 t h w
         y = x * (self.dim**0.5 / norm.clamp_min(1e-12)).to(x.dtype)
         gamma = self.gamma.view(-1, 1, 1, 1)
         return y * gamma if torch.is_grad_enabled() else y.mul_(gamma)
