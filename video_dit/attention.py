@@ -6,8 +6,8 @@ sees its own segment of keys and nothing else. Neighbouring segments of equal le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -42,6 +42,24 @@ class Segments(NamedTuple):
             else:
                 runs.append(Run(1, q_length, k_length))
         return cls(tuple(runs))
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of all segments."""
+        return sum(run.repeats * run.q_length for run in self.runs)
+
+    def of_queries(self, start: int, stop: int) -> Segments:
+        """Queries start, ..., stop - 1 alone, against all keys; a segment without any of them keeps its keys."""
+        q_lengths, k_lengths, place = [], [], 0
+        for repeats, q_length, k_length in self.runs:
+            for _ in range(repeats):
+                q_lengths.append(max(0, min(stop, place + q_length) - max(start, place)))
+                k_lengths.append(k_length)
+                place += q_length
+        return Segments.of(q_lengths, k_lengths)
+
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

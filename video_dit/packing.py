@@ -34,6 +34,7 @@ class PackedBatch:
         patch: latent frames, rows and columns in one token.
         self_segments: which tokens see which tokens.
         cross_segments: which tokens see which text.
+        first_token: place of `tokens[0]` in the whole pack; see `shard`.
     """
 
     tokens: Tensor
@@ -46,11 +47,34 @@ class PackedBatch:
     patch: Stride
     self_segments: Segments
     cross_segments: Segments
+    first_token: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Video tokens in the pack."""
+        """Video tokens held here: those of the pack, or of one of its shards."""
         return self.tokens.shape[0]
+
+    @property
+    def places(self) -> slice:
+        """Where these tokens are in the whole pack."""
+        return slice(self.first_token, self.first_token + self.num_tokens)
+
+    def shard(self, rank: int, size: int) -> PackedBatch:
+        """One of `size` runs of neighbouring tokens, for context parallelism; nearly equal, see `shard_lengths`.
+
+        Timesteps, texts and the segments of self-attention stay those of the whole pack. The model's prediction is that
+        of the run's tokens, so put other texts in and packs together before, and unpack what all runs give together.
+        """
+        lengths = shard_lengths(self.num_tokens, size)
+        start = sum(lengths[:rank])
+        stop = start + lengths[rank]
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[start:stop],
+            frame_of_token=self.frame_of_token[start:stop],
+            cross_segments=self.cross_segments.of_queries(start, stop),
+            first_token=start,
+        )
 
     def replace(self, *, tokens: Tensor, timesteps: Tensor) -> PackedBatch:
         """The same samples at another noise level; shapes as before."""
@@ -79,6 +103,11 @@ class PackedBatch:
         for place, part, grid in zip(self.order, parts, self.grids, strict=True):
             latents[place] = unpatchify(part, grid, self.patch)
         return latents
+
+
+def shard_lengths(num_tokens: int, size: int) -> list[int]:
+    """Lengths of `size` runs that cover the tokens in order; the first ones are longer by one if they do not divide."""
+    return [num_tokens // size + (rank < num_tokens % size) for rank in range(size)]
 
 
 def patchify(latents: Tensor, patch: Stride) -> Tensor:

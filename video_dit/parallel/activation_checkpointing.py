@@ -1,0 +1,50 @@
+"""Activation checkpointing: blocks that forget what they computed and compute it again in the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+Checkpointing = Literal["none", "block", "selective"]
+
+# What "selective" keeps: the results that cost most for their size, one n d tensor each (with their log-sums).
+KEPT = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "xformers::efficient_attention_forward_cutlass",
+        "xformers_flash::flash_fwd",
+        "xformers_flash3::flash_fwd",
+        # Of context parallelism: this process's share. An all-gather has the whole pack's keys: it is sent again.
+        "_c10d_functional::all_to_all_single",
+    }
+)
+
+
+def checkpoint_block(block: nn.Module, form: Checkpointing) -> None:
+    """Checkpoint a block's forward pass, in place.
+
+    Args:
+        block: anything without randomness.
+        form: "block" keeps the inputs alone; "selective" also what attention returned.
+    """
+    if form == "none":
+        return
+    selective = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    block.forward = functools.partial(
+        checkpoint,
+        block.forward,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=selective if form == "selective" else noop_context_fn,
+    )
+
+
+def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
