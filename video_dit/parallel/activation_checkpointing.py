@@ -17,11 +17,11 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_efficient_attention_forward",  # xformers' as well
         "torch_attn::_varlen_attn",
-        "xformers::efficient_attention_forward_cutlass",
         "xformers_flash::flash_fwd",
         "xformers_flash3::flash_fwd",
-        # Of context parallelism: this process's share. An all-gather has the whole pack's keys: it is sent again.
+        # Of context parallelism: this process's share. An all-gather, of the whole pack's keys, is done again.
         "_c10d_functional::all_to_all_single",
     }
 )
