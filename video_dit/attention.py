@@ -6,6 +6,7 @@ sees its own segment of keys and nothing else. Neighbouring segments of equal le
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -44,19 +45,22 @@ class Segments(NamedTuple):
         return cls(tuple(runs))
 
     @property
-    def num_queries(self) -> int:
-        """Queries of all segments."""
-        return sum(run.repeats * run.q_length for run in self.runs)
+    def q_lengths(self) -> list[int]:
+        """Queries of each segment."""
+        return [run.q_length for run in self.runs for _ in range(run.repeats)]
+
+    @property
+    def k_lengths(self) -> list[int]:
+        """Keys of each segment."""
+        return [run.k_length for run in self.runs for _ in range(run.repeats)]
 
     def of_queries(self, start: int, stop: int) -> Segments:
         """Queries start, ..., stop - 1 alone, against all keys; a segment without any of them keeps its keys."""
-        q_lengths, k_lengths, place = [], [], 0
-        for repeats, q_length, k_length in self.runs:
-            for _ in range(repeats):
-                q_lengths.append(max(0, min(stop, place + q_length) - max(start, place)))
-                k_lengths.append(k_length)
-                place += q_length
-        return Segments.of(q_lengths, k_lengths)
+        ends = list(itertools.accumulate(self.q_lengths))
+        own = [
+            max(0, min(stop, end) - max(start, end - length)) for end, length in zip(ends, self.q_lengths, strict=True)
+        ]
+        return Segments.of(own, self.k_lengths)
 
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]

@@ -56,10 +56,11 @@ class UlyssesAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
         size = self.group.size()
-        lengths = shard_lengths(segments.num_queries, size)
+        lengths = shard_lengths(sum(segments.q_lengths), size)
         own = [q.shape[0]] * size
-        parts = rearrange(torch.stack([q, k, v]), "qkv n (ranks heads) e -> (ranks n) qkv heads e", ranks=size)
-        q, k, v = exchange(parts, own, lengths, self.group).unbind(1)  # whole n, own heads, e each
+        parts = [rearrange(x, "n (ranks heads) e -> ranks n heads e", ranks=size) for x in (q, k, v)]
+        sent = torch.stack(parts, dim=2).flatten(0, 1)  # (ranks n) 3 heads e
+        q, k, v = exchange(sent, own, lengths, self.group).unbind(1)  # whole n, own heads, e each
         y = exchange(self.attend(q, k, v, segments), lengths, own, self.group)  # (ranks n) heads e
         return rearrange(y, "(ranks n) heads e -> n (ranks heads) e", ranks=size)
 
@@ -73,14 +74,14 @@ class AllGatherAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
-        both = gather_tokens(torch.stack([k, v], dim=1), segments.num_queries, self.group)  # whole n, 2 heads e
+        both = gather_tokens(torch.stack([k, v], dim=1), sum(segments.q_lengths), self.group)  # whole n, 2 heads e
         k, v = both.unbind(1)
         return self.attend(q, k, v, _own_queries(segments, self.group.rank(), self.group.size()))
 
 
 @functools.lru_cache(maxsize=64)  # the same for all blocks
 def _own_queries(segments: Segments, rank: int, size: int) -> Segments:
-    lengths = shard_lengths(segments.num_queries, size)
+    lengths = shard_lengths(sum(segments.q_lengths), size)
     return segments.of_queries(sum(lengths[:rank]), sum(lengths[: rank + 1]))
 
 
