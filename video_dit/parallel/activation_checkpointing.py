@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Checkpointing = Literal["none", "block", "selective"]
 
-# What "selective" keeps: the results that cost most for their size, one n d tensor each (with their log-sums).
+# What "selective" keeps: the results that cost most for their size. Of an attention, one n d tensor and its log-sums.
 KEPT = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -21,7 +21,7 @@ KEPT = frozenset(
         "torch_attn::_varlen_attn",
         "xformers_flash::flash_fwd",
         "xformers_flash3::flash_fwd",
-        # Of context parallelism: this process's share. An all-gather, of the whole pack's keys, is done again.
+        # Ulysses' messages, four n d of this process's tokens; an all-gather, of the whole pack's keys, is done again.
         "_c10d_functional::all_to_all_single",
     }
 )
