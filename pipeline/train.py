@@ -24,7 +24,7 @@ from pipeline.errors import TrainingDivergedError
 from pipeline.feed import Timed, prefetch
 from pipeline.metrics_log import MetricsLog, log_videos
 from pipeline.plan import Pack, PlanConfig, iterate_steps, packs_of_rank
-from video_dit.parallel.apply import parallelize
+from video_dit.parallel.apply import ParallelConfig, parallelize
 from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from video_dit.parallel.world import DistributedWorld
 from video_dit.training import LossFunction, MicroBatch, NotFiniteError, OptimizerConfig, TrainState, train_step
@@ -211,7 +211,8 @@ def train_worker(config: dict[str, Any]) -> None:
     trainee = task.build()
     device = get_device()
     world = DistributedWorld(device.type)
-    state = TrainState(parallelize(trainee.model.to(device), world.mesh), task.optimizer, world)
+    model = parallelize(trainee.model.to(device), world.mesh, ParallelConfig())
+    state = TrainState(model, task.optimizer, world)
     latest = latest_checkpoint(root / "checkpoints")
     if latest:
         load_checkpoint(latest, state)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
@@ -61,6 +62,14 @@ class Segments(NamedTuple):
     def k_lengths(self) -> list[int]:
         """Keys of each segment."""
         return [run.k_length for run in self.runs for _ in range(run.repeats)]
+
+    def of_queries(self, start: int, stop: int) -> Segments:
+        """Queries start, ..., stop - 1 alone, against all keys; a segment without any of them keeps its keys."""
+        ends = list(itertools.accumulate(self.q_lengths))
+        own = [
+            max(0, min(stop, end) - max(start, end - length)) for end, length in zip(ends, self.q_lengths, strict=True)
+        ]
+        return Segments.of(own, self.k_lengths)
 
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]

@@ -160,6 +160,7 @@ class VideoDiT(nn.Module):
     """Predicts a denoising target for every token of a pack; samples never see each other."""
 
     published_class = "WanTransformer3DModel"
+    float32_modules = ("time_mlp", "time_modulation")  # stay float32 when the rest is trained in bfloat16
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
@@ -194,20 +195,21 @@ class VideoDiT(nn.Module):
             packed: tokens n (c pt ph pw).
 
         Returns:
-            n (c pt ph pw), in the layout of `packed.tokens`; `packed.unpack` gives latents.
+            n (c pt ph pw), in the layout of `packed.tokens` and the weights' dtype; `packed.unpack` gives latents.
 
         Raises:
             ValueError: a pack without the images that this model needs, or with images that it cannot take.
         """
+        dtype, time_dtype = self.patch_embedding.weight.dtype, next(self.time_mlp.parameters()).dtype
         embedding = timestep_embedding(packed.timesteps, self.config.freq_dim)  # f freq
-        time = self.time_mlp(embedding.to(packed.tokens.dtype)).float()  # f d
+        time = self.time_mlp(embedding.to(time_dtype)).float()  # f d
         shared = rearrange(
-            self.time_modulation(nn.functional.silu(time).to(packed.tokens.dtype)).float(), "f (k d) -> f k d", k=6
+            self.time_modulation(nn.functional.silu(time).to(time_dtype)).float(), "f (k d) -> f k d", k=6
         )
-        text = self.text_mlp(packed.text)  # s d
+        text = self.text_mlp(packed.text.to(dtype))  # s d
         images = self._embed_images(packed)  # m d
-        rotation = self._rotation(packed)  # n e/2
-        x = self.patch_embedding(packed.tokens)  # n d
+        rotation = self._rotation(packed)[packed.places]  # n e/2
+        x = self.patch_embedding(packed.tokens.to(dtype))  # n d
         segments = packed.self_segments, packed.cross_segments
         for block in self.blocks:
             x = block(x, text, shared, packed.frame_of_token, rotation, *segments, images, packed.image_segments)
@@ -245,7 +247,7 @@ class VideoDiT(nn.Module):
             raise ValueError(f"image_dim={image_dim}: pack(images=...) must hold vectors of that width, it has {found}")
         if num_positions is not None and set(packed.image_lengths) != {num_positions}:
             raise ValueError(f"pos_embed_seq_len={num_positions}: samples have {packed.image_lengths} image tokens")
-        return self.image_embedding(packed.images)
+        return self.image_embedding(packed.images.to(self.patch_embedding.weight.dtype))
 
     def _rotation(self, packed: PackedBatch) -> Tensor:
         device = packed.tokens.device

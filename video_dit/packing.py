@@ -37,6 +37,7 @@ class PackedBatch:
         self_segments: which tokens see which tokens.
         cross_segments: which tokens see which text.
         image_segments: which tokens see which images; None without images.
+        first_token: place of `tokens[0]` in the whole pack; see `shard`.
     """
 
     tokens: Tensor
@@ -52,11 +53,35 @@ class PackedBatch:
     images: Tensor | None = None
     image_lengths: tuple[int, ...] = ()
     image_segments: Segments | None = None
+    first_token: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Video tokens in the pack."""
+        """Video tokens held here: those of the pack, or of one of its shards."""
         return self.tokens.shape[0]
+
+    @property
+    def places(self) -> slice:
+        """Where these tokens are in the whole pack."""
+        return slice(self.first_token, self.first_token + self.num_tokens)
+
+    def shard(self, rank: int, size: int) -> PackedBatch:
+        """One of `size` runs of neighbouring tokens, for context parallelism; nearly equal, see `shard_lengths`.
+
+        Timesteps, texts and the segments of self-attention stay those of the whole pack. The model's prediction is that
+        of the run's tokens, so put other texts in and packs together before, and unpack what all runs give together.
+        """
+        lengths = shard_lengths(self.num_tokens, size)
+        start = sum(lengths[:rank])
+        stop = start + lengths[rank]
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[start:stop],
+            frame_of_token=self.frame_of_token[start:stop],
+            cross_segments=self.cross_segments.of_queries(start, stop),
+            image_segments=self.image_segments and self.image_segments.of_queries(start, stop),
+            first_token=start,
+        )
 
     def replace(self, *, tokens: Tensor, timesteps: Tensor) -> PackedBatch:
         """The same samples at another noise level; shapes as before."""
@@ -85,6 +110,11 @@ class PackedBatch:
         for place, part, grid in zip(self.order, parts, self.grids, strict=True):
             latents[place] = unpatchify(part, grid, self.patch)
         return latents
+
+
+def shard_lengths(num_tokens: int, size: int) -> list[int]:
+    """Lengths of `size` runs that cover the tokens in order; the first ones are longer by one if they do not divide."""
+    return [num_tokens // size + (rank < num_tokens % size) for rank in range(size)]
 
 
 def patchify(latents: Tensor, patch: Stride) -> Tensor:

@@ -65,9 +65,8 @@ class CausalConv3d(nn.Conv3d):
     """A convolution over frames, rows and columns whose output sees no later frame: odd kernel, stride 1."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
-        self.border = kernel[1] // 2, kernel[2] // 2
-        super().__init__(in_channels, out_channels, kernel, padding=(0, *self.border))
-        self.num_past = kernel[0] - 1
+        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.num_past, self.border = kernel[0] - 1, (kernel[1] // 2, kernel[2] // 2)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """`b c t h w` to `b c_out t h w`."""

@@ -48,6 +48,11 @@ class FlowBatch(NamedTuple):
     packed: PackedBatch
     target: Tensor
 
+    def shard(self, rank: int, size: int) -> FlowBatch:
+        """One of `size` runs of tokens, for context parallelism; the losses of all runs add up to the pack's."""
+        packed = self.packed.shard(rank, size)
+        return FlowBatch(packed, self.target[packed.places])
+
 
 def flow_batch(
     latents: Sequence[Tensor],

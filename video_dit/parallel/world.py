@@ -12,15 +12,26 @@ from torch.distributed.tensor import DTensor
 class DistributedWorld:
     """All processes of the default group, which somebody (Ray Train, torchrun, a test) has set up.
 
+    Args:
+        device_type: "cuda" or "cpu".
+        context_size: neighbouring processes that share each pack.
+
     Attributes:
-        rank, size: of this process.
-        mesh: one axis, "shard", over all processes.
+        rank, size: of this process, among all.
+        mesh: axes "data", the groups that have packs of their own, and "context", the processes of a group.
+
+    Raises:
+        ValueError: context_size does not divide the processes.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, context_size: int = 1) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.mesh: DeviceMesh = init_device_mesh(device_type, (self.size,), mesh_dim_names=("shard",))
+        if self.size % context_size:
+            raise ValueError(f"context_size={context_size}: must divide the {self.size} processes")
+        self.mesh: DeviceMesh = init_device_mesh(
+            device_type, (self.size // context_size, context_size), mesh_dim_names=("data", "context")
+        )
 
     def sum(self, value: Tensor) -> Tensor:
         """The value added up over all processes."""

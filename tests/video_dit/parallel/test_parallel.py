@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import launch
 
 from video_dit.diffusion.losses import FlowConfig, flow_batch, flow_loss
 from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.parallel.apply import parallelize
+from video_dit.parallel.apply import ParallelConfig, parallelize
 from video_dit.parallel.checkpoint import (
     is_complete,
     latest_checkpoint,
@@ -43,7 +41,7 @@ def new_state(method, world):
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(**SIZES))
     if isinstance(world, DistributedWorld):
-        parallelize(model, world.mesh, min_group=MIN_GROUP[method])
+        parallelize(model, world.mesh, ParallelConfig(min_group=MIN_GROUP[method]))
     return TrainState(model, OPTIMIZERS[method], world)
 
 
@@ -74,31 +72,14 @@ def run_steps(state, until):
     return losses
 
 
-def worker(rank, size, port, folder, method, resume, queue):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    torch.set_num_threads(1)
+def train_part(folder, method, resume):
     world = DistributedWorld("cpu")
     state = new_state(method, world)
     if resume:
         load_checkpoint(latest_checkpoint(folder), state)
     losses = run_steps(state, 6 if not resume else 12)
     save_checkpoint(folder, state, world)
-    averaged = world.gather_state(state.ema)
-    if rank == 0:
-        queue.put((losses, {name: value.numpy() for name, value in averaged.items()}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def launch(size, folder, method, resume=False):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(worker, args=(size, port, folder, method, resume, queue), nprocs=size, join=False)
-    losses, averaged = queue.get()
-    context.join()
-    return losses, {name: torch.from_numpy(value) for name, value in averaged.items()}
+    return losses, world.gather_state(state.ema)
 
 
 @functools.cache
@@ -112,9 +93,9 @@ def single(method):
 @pytest.mark.parametrize(("first_size", "second_size"), [(2, 1), (1, 3)])
 def test_processes_and_a_resume_on_another_number_of_them_change_nothing(tmp_path, method, first_size, second_size):
     losses, averaged = single(method)
-    first_losses, _ = launch(first_size, tmp_path, method)
+    first_losses, _ = launch(first_size, tmp_path / "first", train_part, tmp_path, method, False)[0]
     assert first_losses == pytest.approx(losses[:6], abs=1e-5)
-    second_losses, second_averaged = launch(second_size, tmp_path, method, resume=True)
+    second_losses, second_averaged = launch(second_size, tmp_path / "second", train_part, tmp_path, method, True)[0]
     assert second_losses == pytest.approx(losses[6:], abs=1e-5)
     for name, value in averaged.items():
         assert torch.allclose(second_averaged[name], value, atol=1e-4), name
