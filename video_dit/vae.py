@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from video_dit.shapes import VideoShape
 from video_dit.vae_config import VideoVAEConfig
-from video_dit.vae_convs import CHANNELS_LAST, Cache, CausalConv3d
+from video_dit.vae_convs import CHANNELS_LAST, Cache, CausalConv3d, use_channels_last
 from video_dit.vae_networks import Decoder, Encoder, Stages, initialize
 from video_dit.vae_tiling import TiledNetwork, Tiling
 from video_dit.weights import load_model, save_model
@@ -90,7 +90,7 @@ class VideoVAE(nn.Module):
             FileNotFoundError: no such folder or file.
             ValueError: config or weights do not fit.
         """
-        return load_model(cls, VideoVAEConfig, url, subfolder)
+        return use_channels_last(load_model(cls, VideoVAEConfig, url, subfolder))
 
     def save_pretrained(self, url: str, subfolder: str = "vae") -> None:
         """Write a folder that diffusers' `AutoencoderKLWan` loads."""

@@ -1,22 +1,25 @@
 """Convolutions over frames, rows and columns that see no later frame, and what they keep between chunks of a video.
 
 On CPU in float32 three things make them fast: channels lie innermost (channels_last_3d), every convolution goes to
-oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and wide ones halve their multiplications
-by Winograd's minimal filtering over time (Lavin and Gray, arXiv 1509.09308).
+oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and wide ones need half to a quarter of the
+multiplications (`winograd`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from video_dit import winograd
+
 CHANNELS_LAST = torch.channels_last_3d
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Cache:
@@ -43,6 +46,15 @@ class Cache:
         kept = x[:, :, -num_frames:].clone()  # a view would hold the whole chunk in memory
         self._past[layer] = F.pad(kept, (0, 0, 0, 0, num_frames - kept.shape[2], 0))
         return x
+
+
+def use_channels_last(model: Model) -> Model:
+    """Lay the kernels' channels innermost, in place, as videos have them: faster where gradients are not sharded."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            layout = CHANNELS_LAST if isinstance(module, nn.Conv3d) else torch.channels_last
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+    return model
 
 
 def is_first_chunk(cache: Cache | None) -> bool:
@@ -76,7 +88,7 @@ class CausalConv3d(nn.Conv3d):
             x = cache.extend(self, x, self.num_past)
         if self.num_past == 0 or (is_start and num_frames == 1):  # an image: all other taps would see zeros
             return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), (0, *self.border))
-        if self.num_past == 2 and filtering_pays(x, num_frames - is_start):
+        if self.num_past == 2 and _is_onednn(x) and winograd.is_worthwhile(x, num_frames - is_start):
             return self._filter(x, is_start)
         if is_start:
             x = torch.cat([torch.zeros_like(x[:, :, : self.num_past]), x], dim=2)
@@ -88,7 +100,7 @@ class CausalConv3d(nn.Conv3d):
         if is_start:
             outputs.append(_convolve_frame(frames[0], self.weight[:, :, -1], self.bias, self.border))
             frames = torch.cat([torch.zeros_like(frames[:1]), frames])
-        outputs += filter_frames(frames, self.weight, self.bias, self.border)
+        outputs += winograd.filter_frames(frames, self.weight, self.bias, self.border, _convolve_frame)
         return torch.stack(outputs, dim=1).movedim(-1, 1)
 
 
@@ -119,92 +131,6 @@ class UpsampleConv2d(FrameConv2d):
         x = convolve(x, weight.unsqueeze(2), bias, (1, 1, 1), (0, 1, 1))  # b (p q c_out) t h+1 w+1
         x = rearrange(x.movedim(1, -1), "b t h w (p q c) -> b t (h p) (w q) c", p=2, q=2)
         return x[:, :, 1:-1, 1:-1].movedim(-1, 1)
-
-
-class Filter(NamedTuple):
-    """Winograd's F(m, 3): m outputs of a 3-tap filter from m + 2 inputs by m + 2 multiplications instead of 3 m.
-
-    Attributes:
-        inputs: transform of the inputs, m + 2 by m + 2.
-        taps: transform of the taps, m + 2 by 3.
-        outputs: transform of the products, m by m + 2.
-        bias: share of each product in a constant that is to reach all outputs, m + 2.
-    """
-
-    inputs: Tensor
-    taps: Tensor
-    outputs: Tensor
-    bias: Tensor
-
-
-# Outputs a tile and its interpolation points, besides infinity; those of 4 have the smallest errors in float32.
-POINTS = {4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), 2: (0, 1, -1)}
-
-
-@functools.cache
-@torch.inference_mode(False)
-def minimal_filter(size: int) -> Filter:
-    """The transforms for tiles of `size` outputs, float32: the product of polynomials by interpolation, transposed."""
-    points = torch.tensor(POINTS[size], dtype=torch.float64)
-
-    def powers(count: int) -> Tensor:
-        at_infinity = F.one_hot(torch.tensor([count - 1]), count)
-        return torch.cat([torch.linalg.vander(points, N=count), at_infinity])  # size + 2, count
-
-    outputs = powers(size).T
-    transforms = powers(size + 2).inverse().T, powers(3), outputs, torch.linalg.pinv(outputs).sum(dim=1)
-    return Filter(*(matrix.float() for matrix in transforms))
-
-
-MIN_CHANNELS, MIN_PIXELS = 32, 2048  # below, the transforms cost more than the multiplications they save
-
-
-def filtering_pays(x: Tensor, num_outputs: int) -> bool:
-    """Whether `filter_frames` is faster than the convolution itself: `x` is b c t h w."""
-    batch, channels, _, height, width = x.shape
-    return (
-        _is_onednn(x)
-        and num_outputs >= 2
-        and channels >= MIN_CHANNELS
-        and batch * num_outputs * height * width >= MIN_PIXELS
-    )
-
-
-def filter_frames(frames: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> list[Tensor]:
-    """Three-tap convolution over time with fewer multiplications; equal to rounding.
-
-    Args:
-        frames: n + 2, b h w c.
-        weight: c_out c 3 rows columns.
-        bias: c_out.
-        padding: rows and columns of zeros on each side.
-
-    Returns:
-        n of b h w c_out.
-    """
-    taps = rearrange(weight, "o c k h w -> k (o h w c)")
-    outputs: list[Tensor] = []
-    for size in POINTS:
-        num_tiles = (len(frames) - 2 - len(outputs)) // size
-        if num_tiles:
-            transforms = minimal_filter(size)
-            kernels = (transforms.taps @ taps).view(-1, weight.shape[0], *weight.shape[3:], weight.shape[1])
-            biases = [None] * (size + 2) if bias is None else list(torch.outer(transforms.bias, bias))
-            rest = frames[len(outputs) : len(outputs) + num_tiles * size + 2]
-            for window in rest.unfold(0, size + 2, size).unbind():  # b h w c p each
-                points = (transforms.inputs @ window.movedim(-1, 0).flatten(1)).view(-1, *frames.shape[1:])  # p b h w c
-                products = torch.stack(
-                    [
-                        _convolve_frame(point, kernel.movedim(-1, 1), point_bias, padding)
-                        for point, kernel, point_bias in zip(points, kernels, biases, strict=True)
-                    ]
-                )  # p b h w c_out
-                outputs += (transforms.outputs @ products.flatten(1)).view(size, *products.shape[1:]).unbind()
-    if len(outputs) < len(frames) - 2:
-        rest = rearrange(frames[len(outputs) :], "t b h w c -> b c t h w")
-        last = convolve(rest, weight, bias, (1, 1, 1), (0, *padding))  # b c_out 1 h w
-        outputs.append(rearrange(last, "b c 1 h w -> b h w c"))
-    return outputs
 
 
 def _convolve_frame(frame: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
