@@ -18,9 +18,12 @@ from video_dit.packing import PackedBatch, concatenate, pack
 from video_dit.random import keyed_normal
 from video_dit.shapes import Stride, VideoShape
 from video_dit.text import TextEncoder, load_text_encoder
-from video_dit.vae import VideoVAE, VideoVAEConfig
+from video_dit.vae import VideoVAE, VideoVAEConfig, split_latents
 
 OnStep = Callable[[int, int], None]
+
+
+DECODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,10 +79,24 @@ class Limits:
 
 
 def read_limits(url: str) -> Limits:
-    """The limits of a model folder, without loading its weights."""
+    """The limits of a model folder, without loading its weights.
+
+    Raises:
+        ValueError: a model that cannot be sampled from yet.
+    """
+    _check_one_transformer(url)
     dit: VideoDiTConfig = weights.read_config(VideoDiTConfig, url, "transformer")
     vae: VideoVAEConfig = weights.read_config(VideoVAEConfig, url, "vae")
     return _limits(dit, vae, _read_sampling(url)["fps"])
+
+
+def _check_one_transformer(url: str) -> None:
+    index = json.loads(weights.read_bytes(url, "model_index.json"))
+    if any(index.get("transformer_2") or ()):
+        raise ValueError(
+            f"{url}: transformer_2 in model_index.json: pairs of experts (Wan 2.2 A14B) cannot be sampled from yet; "
+            "each loads on its own by VideoDiT.from_pretrained(..., subfolder='transformer_2')"
+        )
 
 
 def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
@@ -108,7 +125,12 @@ class Generator:
 
     @classmethod
     def from_pretrained(cls, url: str, device: str | torch.device = "cpu") -> Generator:
-        """Load a model folder (any fsspec URL)."""
+        """Load a model folder (any fsspec URL).
+
+        Raises:
+            ValueError: a model that cannot be sampled from yet.
+        """
+        _check_one_transformer(url)
         sampling = _read_sampling(url)
         dit = VideoDiT.from_pretrained(url).to(device)
         vae = VideoVAE.from_pretrained(url).to(device)
@@ -166,8 +188,8 @@ class Generator:
         return pack(noise, [1000.0] * len(noise), texts, self.dit.config.patch).to(device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        video = self.vae.decode(rearrange(latents, "c t h w -> 1 c t h w"), clamp=True)
-        return video_to_u8(video[0])
+        chunks = split_latents(latents[None], self.vae.config.stride, DECODED_PIXELS)
+        return torch.cat([video_to_u8(video[0]) for video in self.vae.decode_stream(chunks)])  # t h w 3
 
 
 class _GuidedDenoiser:

@@ -27,7 +27,7 @@ from video_dit.layers import (
 from video_dit.muon import Matrix
 from video_dit.packing import PackedBatch
 from video_dit.rope import rotations
-from video_dit.shapes import Stride, TokenGrid
+from video_dit.shapes import Stride
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,6 @@ class VideoDiT(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self._rotations: dict[tuple[TokenGrid, torch.device], Tensor] = {}
         self._initialize()
 
     def _initialize(self) -> None:
@@ -208,7 +207,7 @@ class VideoDiT(nn.Module):
         )
         text = self.text_mlp(packed.text.to(dtype))  # s d
         images = self._embed_images(packed)  # m d
-        rotation = self._rotation(packed)[packed.places]  # n e/2
+        rotation = self._rotation(packed)  # n e/2
         x = self.patch_embedding(packed.tokens.to(dtype))  # n d
         segments = packed.self_segments, packed.cross_segments
         for block in self.blocks:
@@ -250,16 +249,14 @@ class VideoDiT(nn.Module):
         return self.image_embedding(packed.images.to(self.patch_embedding.weight.dtype))
 
     def _rotation(self, packed: PackedBatch) -> Tensor:
-        device = packed.tokens.device
-        for grid in set(packed.grids):
-            if (grid, device) not in self._rotations:
-                self._rotations[grid, device] = rotations(grid, self.config.attention_head_dim).to(device)
-        return torch.cat([self._rotations[grid, device] for grid in packed.grids])
+        width, device = self.config.attention_head_dim, packed.tokens.device
+        whole = torch.cat([rotations(grid, width, device) for grid in packed.grids])
+        return whole[packed.places]  # n e/2
 
     @classmethod
-    def from_pretrained(cls, url: str, subfolder: str = "transformer") -> VideoDiT:
-        """Load a model folder; see `weights.load_model` for the errors."""
-        return weights.load_model(cls, VideoDiTConfig, url, subfolder)
+    def from_pretrained(cls, url: str, subfolder: str = "transformer", dtype: torch.dtype | None = None) -> VideoDiT:
+        """Load a model folder; see `weights.load_model` for the errors. `dtype` None keeps the weights' own."""
+        return weights.load_model(cls, VideoDiTConfig, url, subfolder, dtype)
 
     def save_pretrained(self, url: str, subfolder: str = "transformer") -> None:
         """Write a model folder that diffusers reads."""

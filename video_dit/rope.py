@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
@@ -15,8 +17,10 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rotations(grid: TokenGrid, head_dim: int, theta: float = 1e4) -> Tensor:
-    """Unit complex numbers that turn each pair of a head's dimensions by its token's place.
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # whoever trains after sampling must be able to save them for a backward pass
+def rotations(grid: TokenGrid, head_dim: int, device: torch.device | None = None, theta: float = 1e4) -> Tensor:
+    """Unit complex numbers that turn each pair of a head's dimensions by its token's place; kept for some grids.
 
     Returns:
         complex64, n e/2, tokens in t h w order; computed in float64.
@@ -35,7 +39,7 @@ def rotations(grid: TokenGrid, head_dim: int, theta: float = 1e4) -> Tensor:
         ],
         dim=-1,
     )
-    return rearrange(turn, "t h w e -> (t h w) e").to(torch.complex64)
+    return rearrange(turn, "t h w e -> (t h w) e").to(device, torch.complex64)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from video_dit.shapes import VideoShape
+from video_dit.shapes import Stride, VideoShape
 from video_dit.vae_config import VideoVAEConfig
 from video_dit.vae_convs import CHANNELS_LAST, Cache, CausalConv3d, use_channels_last
 from video_dit.vae_networks import Decoder, Encoder, Stages, initialize
 from video_dit.vae_tiling import TiledNetwork, Tiling
 from video_dit.weights import load_model, save_model
 
-__all__ = ["Gaussian", "Tiling", "VideoVAE", "VideoVAEConfig"]
+__all__ = ["Gaussian", "Tiling", "VideoVAE", "VideoVAEConfig", "split_latents"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +83,14 @@ class VideoVAE(nn.Module):
             self.quant_conv.get_parameter("bias")[self.config.z_dim :] = -6.0
 
     @classmethod
-    def from_pretrained(cls, url: str, subfolder: str = "vae") -> VideoVAE:
-        """Load a diffusers folder from any fsspec URL or path.
+    def from_pretrained(cls, url: str, subfolder: str = "vae", dtype: torch.dtype | None = None) -> VideoVAE:
+        """Load a diffusers folder from any fsspec URL or path; `dtype` None keeps the weights' own.
 
         Raises:
             FileNotFoundError: no such folder or file.
             ValueError: config or weights do not fit.
         """
-        return use_channels_last(load_model(cls, VideoVAEConfig, url, subfolder))
+        return use_channels_last(load_model(cls, VideoVAEConfig, url, subfolder, dtype))
 
     def save_pretrained(self, url: str, subfolder: str = "vae") -> None:
         """Write a folder that diffusers' `AutoencoderKLWan` loads."""
@@ -179,6 +179,19 @@ class VideoVAE(nn.Module):
         """Mean and standard deviation, c 1 1 1 each. Tensors of the config, which alone holds them."""
         mean, std = (like.new_tensor(v).view(-1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
         return mean, std
+
+
+def split_latents(latents: Tensor, stride: Stride, num_pixels: int) -> list[Tensor]:
+    """Latents b z t h w in chunks for `VideoVAE.decode_stream`, of about `num_pixels` pixels of each video.
+
+    Where several latent frames fit, the sizes are those that convolutions over time like best: one more than a multiple
+    of 4, then multiples of 4.
+    """
+    t, h, w = latents.shape[2:]
+    frames = max(1, num_pixels // (stride.t * stride.h * stride.w * h * w))
+    frames = min(frames - frames % 4 if frames > 4 else frames, t)
+    first = min(1 + frames if frames >= 4 else frames, t)
+    return [latents[:, :, :first], *latents[:, :, first:].split(frames, dim=2)] if first < t else [latents]
 
 
 def _to_patches(video: Tensor, size: int) -> Tensor:

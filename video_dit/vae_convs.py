@@ -1,8 +1,8 @@
 """Convolutions over frames, rows and columns that see no later frame, and what they keep between chunks of a video.
 
 On CPU in float32 three things make them fast: channels lie innermost (channels_last_3d), every convolution goes to
-oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and wide ones need half to a quarter of the
-multiplications (`winograd`).
+oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and wide ones need half the multiplications
+(`winograd`).
 """
 
 from __future__ import annotations
@@ -98,10 +98,14 @@ class CausalConv3d(nn.Conv3d):
         """The valid convolution over time; at the start the first frame stands alone."""
         frames, outputs = rearrange(x, "b c t h w -> t b h w c"), []
         if is_start:
-            outputs.append(_convolve_frame(frames[0], self.weight[:, :, -1], self.bias, self.border))
+            outputs.append(self._convolve_frame(frames[0], self.weight[:, :, -1]))
             frames = torch.cat([torch.zeros_like(frames[:1]), frames])
-        outputs += winograd.filter_frames(frames, self.weight, self.bias, self.border, _convolve_frame)
-        return torch.stack(outputs, dim=1).movedim(-1, 1)
+        outputs += winograd.filter_frames(frames, self.weight, self._convolve_frame)
+        y = torch.stack(outputs, dim=1)  # b t h w c_out
+        return (y if self.bias is None else y.add_(self.bias)).movedim(-1, 1)
+
+    def _convolve_frame(self, frame: Tensor, kernel: Tensor) -> Tensor:
+        return convolve(frame.movedim(-1, 1), kernel, None, (1, 1), self.border).movedim(1, -1)
 
 
 class FrameConv2d(nn.Conv2d):
@@ -131,8 +135,3 @@ class UpsampleConv2d(FrameConv2d):
         x = convolve(x, weight.unsqueeze(2), bias, (1, 1, 1), (0, 1, 1))  # b (p q c_out) t h+1 w+1
         x = rearrange(x.movedim(1, -1), "b t h w (p q c) -> b t (h p) (w q) c", p=2, q=2)
         return x[:, :, 1:-1, 1:-1].movedim(-1, 1)
-
-
-def _convolve_frame(frame: Tensor, kernel: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """b h w c to b h w c_out."""
-    return convolve(frame.movedim(-1, 1), kernel, bias, (1, 1), padding).movedim(1, -1)
