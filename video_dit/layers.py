@@ -16,22 +16,41 @@ from video_dit.shapes import Stride
 
 
 class Modulation(NamedTuple):
-    """Shift, scale and gate for each token, n d each, float32 (DiT, arXiv 2212.09748, adaLN-Zero)."""
+    """Shift, scale and gate, g d each, float32 (DiT, arXiv 2212.09748, adaLN-Zero); see `per_group`."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
 
+def per_group(table: Tensor, frame_of_token: Tensor | None) -> Tensor:
+    """Rows of a table for groups of neighbouring tokens that share one: f k d -> g k d.
+
+    Args:
+        table: a row for each frame.
+        frame_of_token: n, for frames of different sizes: each token is a group then; None where all frames have equally
+            many tokens: each frame is a group, and nothing needs to be copied.
+    """
+    # index_select, not [...]: its backward adds up in a fixed order, whatever the number of threads
+    return table if frame_of_token is None else table.index_select(0, frame_of_token)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then scale and shift; n d."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    """Layer norm without weights, then scale and shift; n d, g d."""
+    normed = _grouped(F.layer_norm(x.float(), x.shape[-1:], eps=eps), shift)  # g n/g d
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).flatten(0, 1).to(x.dtype)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Residual addition through a gate; n d."""
-    return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
+    """Residual addition through a gate; n d, g d."""
+    y = torch.addcmul(_grouped(x.float(), gate), _grouped(update.float(), gate), gate[:, None])  # g n/g d
+    return y.flatten(0, 1).to(x.dtype)
+
+
+def _grouped(x: Tensor, rows: Tensor) -> Tensor:
+    """n d to g n/g d, for g rows; there may be no tokens."""
+    num_groups = rows.shape[0]
+    return x.unflatten(0, (num_groups, x.shape[0] // max(1, num_groups)))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -77,7 +96,7 @@ class SelfAttention(nn.Module):
         self.attend: Attend = attend  # the seam for backends and context parallelism
 
     def forward(self, x: Tensor, rotation: Tensor, segments: Segments) -> Tensor:
-        """n d -> n d; rotation n e/2."""
+        """n d -> n d; rotation n e/2 2."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # n d each
         q, k, v = (split_heads(y, self.num_heads) for y in (self.norm_q(q), self.norm_k(k), v))  # n heads e
         y = self.attend(rotate(q, rotation), rotate(k, rotation), v, segments)

@@ -22,6 +22,7 @@ from video_dit.layers import (
     SelfAttention,
     gated,
     modulate,
+    per_group,
     timestep_embedding,
 )
 from video_dit.muon import Matrix
@@ -120,16 +121,15 @@ class Block(nn.Module):
         x: Tensor,
         text: Tensor,
         time: Tensor,
-        frame_of_token: Tensor,
+        frame_of_token: Tensor | None,
         rotation: Tensor,
         self_segments: Segments,
         cross_segments: Segments,
         images: Tensor | None = None,
         image_segments: Segments | None = None,
     ) -> Tensor:
-        """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2, perhaps images m d -> n d."""
-        # index_select, not [...]: its backward adds up in a fixed order, whatever the number of threads
-        table = (self.modulation.float() + time).index_select(0, frame_of_token).unbind(1)  # six of n d
+        """x n d, text s d, time f 6 d (float32), frame_of_token n, rotation n e/2 2, perhaps images m d -> n d."""
+        table = per_group(self.modulation.float() + time, frame_of_token).unbind(1)  # six of g d
         attention, mlp = Modulation(*table[:3]), Modulation(*table[3:])
         y = modulate(x, attention.shift, attention.scale, self.eps)
         x = gated(x, self.self_attention(y, rotation, self_segments), attention.gate)
@@ -149,9 +149,9 @@ class Head(nn.Module):
         pt, ph, pw = config.patch
         self.out = nn.Linear(config.dim, pt * ph * pw * config.out_channels)
 
-    def forward(self, x: Tensor, time: Tensor, frame_of_token: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, frame_of_token: Tensor | None) -> Tensor:
         """x n d, time f d -> n (c pt ph pw)."""
-        shift, scale = (self.modulation.float() + time[:, None]).index_select(0, frame_of_token).unbind(1)  # n d each
+        shift, scale = per_group(self.modulation.float() + time[:, None], frame_of_token).unbind(1)  # g d each
         patches = self.out(modulate(x, shift, scale, self.eps))  # n (pt ph pw c)
         return rearrange(patches, "n (p c) -> n (c p)", c=self.channels)
 
@@ -207,12 +207,13 @@ class VideoDiT(nn.Module):
         )
         text = self.text_mlp(packed.text.to(dtype))  # s d
         images = self._embed_images(packed)  # m d
-        rotation = self._rotation(packed)  # n e/2
+        rotation = self._rotation(packed)  # n e/2 2
         x = self.patch_embedding(packed.tokens.to(dtype))  # n d
+        frame_of_token = None if packed.has_equal_frames else packed.frame_of_token
         segments = packed.self_segments, packed.cross_segments
         for block in self.blocks:
-            x = block(x, text, shared, packed.frame_of_token, rotation, *segments, images, packed.image_segments)
-        return self.head(x, time, packed.frame_of_token)  # n (c pt ph pw)
+            x = block(x, text, shared, frame_of_token, rotation, *segments, images, packed.image_segments)
+        return self.head(x, time, frame_of_token)  # n (c pt ph pw)
 
     def use_attention(self, name: str) -> None:
         """Compute attention with a backend of `attention.py`. Before context parallelism, which wraps the backend.
@@ -251,7 +252,7 @@ class VideoDiT(nn.Module):
     def _rotation(self, packed: PackedBatch) -> Tensor:
         width, device = self.config.attention_head_dim, packed.tokens.device
         whole = torch.cat([rotations(grid, width, device) for grid in packed.grids])
-        return whole[packed.places]  # n e/2
+        return whole[packed.places]  # n e/2 2
 
     @classmethod
     def from_pretrained(cls, url: str, subfolder: str = "transformer", dtype: torch.dtype | None = None) -> VideoDiT:

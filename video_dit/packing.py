@@ -61,6 +61,12 @@ class PackedBatch:
         return self.tokens.shape[0]
 
     @property
+    def has_equal_frames(self) -> bool:
+        """Whether all frames have equally many tokens, and all of them are here."""
+        is_whole = self.num_tokens == sum(grid.num_tokens for grid in self.grids)
+        return is_whole and len({grid.h * grid.w for grid in self.grids}) == 1
+
+    @property
     def places(self) -> slice:
         """Where these tokens are in the whole pack."""
         return slice(self.first_token, self.first_token + self.num_tokens)

@@ -20,26 +20,26 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # whoever trains after sampling must be able to save them for a backward pass
 def rotations(grid: TokenGrid, head_dim: int, device: torch.device | None = None, theta: float = 1e4) -> Tensor:
-    """Unit complex numbers that turn each pair of a head's dimensions by its token's place; kept for some grids.
+    """The unit vectors that turn each pair of a head's dimensions by its token's place; kept for some grids.
 
     Returns:
-        complex64, n e/2, tokens in t h w order; computed in float64.
+        cosines and sines, float32, n e/2 2, tokens in t h w order; computed in float64.
     """
     turns = []
     for length, dim in zip(grid, axis_dims(head_dim), strict=True):
         frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-        turns.append(torch.polar(torch.ones_like(angle), angle))
+        turns.append(torch.stack([angle.cos(), angle.sin()], dim=-1))  # length dim/2 2
     t, h, w = grid
     turn = torch.cat(
         [
-            repeat(turns[0], "t e -> t h w e", h=h, w=w),
-            repeat(turns[1], "h e -> t h w e", t=t, w=w),
-            repeat(turns[2], "w e -> t h w e", t=t, h=h),
+            repeat(turns[0], "t e pair -> t h w e pair", h=h, w=w),
+            repeat(turns[1], "h e pair -> t h w e pair", t=t, w=w),
+            repeat(turns[2], "w e pair -> t h w e pair", t=t, h=h),
         ],
-        dim=-1,
+        dim=-2,
     )
-    return rearrange(turn, "t h w e -> (t h w) e").to(device, torch.complex64)
+    return rearrange(turn, "t h w e pair -> (t h w) e pair").to(device, torch.float32)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -47,8 +47,12 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     Args:
         x: n heads e.
-        rotation: complex, n e/2.
+        rotation: cosines and sines, n e/2 2.
     """
-    pairs = torch.view_as_complex(rearrange(x.float(), "n heads (e pair) -> n heads e pair", pair=2))
-    turned = torch.view_as_real(pairs * rotation[:, None])
+    pairs = rearrange(x.float(), "n heads (e pair) -> n heads e pair", pair=2)
+    if torch.compiler.is_compiling():  # real numbers are what the compiler fuses; uncompiled, complex ones are faster
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotation[:, None].unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation)[:, None])
     return rearrange(turned, "n heads e pair -> n heads (e pair)").to(x.dtype)

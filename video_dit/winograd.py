@@ -40,36 +40,39 @@ class Tile4:
     aa, bb = a * a, b * b
     at_a, at_b = 1 / (2 * aa * (aa - bb)), 1 / (2 * bb * (bb - aa))  # the points' weights in the interpolation
 
-    def inputs(self, x: Sequence[Tensor]) -> Iterator[Tensor]:
+    @classmethod
+    def inputs(cls, x: Sequence[Tensor]) -> Iterator[Tensor]:
         """Six frames, transformed one after the other."""
         x0, x1, x2, x3, x4, x5 = x
-        yield (x0 + x4).sub(x2, alpha=self.aa + self.bb)
-        even, odd = torch.sub(x4, x2, alpha=self.bb), torch.sub(x3, x1, alpha=self.bb)
-        yield torch.add(even, odd, alpha=self.a)
-        yield torch.sub(even, odd, alpha=self.a)
-        even, odd = torch.sub(x4, x2, alpha=self.aa), torch.sub(x3, x1, alpha=self.aa)
-        yield torch.add(even, odd, alpha=self.b)
-        yield torch.sub(even, odd, alpha=self.b)
-        yield (x1 + x5).sub(x3, alpha=self.aa + self.bb)
+        yield (x0 + x4).sub(x2, alpha=cls.aa + cls.bb)
+        even, odd = torch.sub(x4, x2, alpha=cls.bb), torch.sub(x3, x1, alpha=cls.bb)
+        yield torch.add(even, odd, alpha=cls.a)
+        yield torch.sub(even, odd, alpha=cls.a)
+        even, odd = torch.sub(x4, x2, alpha=cls.aa), torch.sub(x3, x1, alpha=cls.aa)
+        yield torch.add(even, odd, alpha=cls.b)
+        yield torch.sub(even, odd, alpha=cls.b)
+        yield (x1 + x5).sub(x3, alpha=cls.aa + cls.bb)
 
-    def taps(self, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @classmethod
+    def taps(cls, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Three taps."""
-        at_a, at_b = torch.add(w[0], w[2], alpha=self.aa), torch.add(w[0], w[2], alpha=self.bb)
+        at_a, at_b = torch.add(w[0], w[2], alpha=cls.aa), torch.add(w[0], w[2], alpha=cls.bb)
         return (
             w[0],
-            torch.add(at_a, w[1], alpha=self.a),
-            torch.sub(at_a, w[1], alpha=self.a),
-            torch.add(at_b, w[1], alpha=self.b),
-            torch.sub(at_b, w[1], alpha=self.b),
+            torch.add(at_a, w[1], alpha=cls.a),
+            torch.sub(at_a, w[1], alpha=cls.a),
+            torch.add(at_b, w[1], alpha=cls.b),
+            torch.sub(at_b, w[1], alpha=cls.b),
             w[2],
         )
 
-    def outputs(self, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @classmethod
+    def outputs(cls, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Four frames."""
         even_a, odd_a, even_b, odd_b = p[1] + p[2], p[1] - p[2], p[3] + p[4], p[3] - p[4]
 
         def power(x: Tensor, y: Tensor, exponent: int) -> Tensor:
-            return (x * (self.at_a * self.a**exponent)).add(y, alpha=self.at_b * self.b**exponent)
+            return (x * (cls.at_a * cls.a**exponent)).add(y, alpha=cls.at_b * cls.b**exponent)
 
         return (
             power(even_a, even_b, 0).add(p[0]),
@@ -84,21 +87,24 @@ class Tile2:
 
     size = 2
 
-    def inputs(self, x: Sequence[Tensor]) -> Iterator[Tensor]:
+    @classmethod
+    def inputs(cls, x: Sequence[Tensor]) -> Iterator[Tensor]:
         """Four frames."""
         yield from (x[0] - x[2], x[2] + x[1], x[2] - x[1], x[3] - x[1])
 
-    def taps(self, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @classmethod
+    def taps(cls, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Three taps."""
         even, odd = (w[0] + w[2]) / 2, w[1] / 2
         return w[0], even + odd, even - odd, w[2]
 
-    def outputs(self, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @classmethod
+    def outputs(cls, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Two frames."""
         return p[0] + p[1] + p[2], p[1] - p[2] + p[3]
 
 
-TILES: tuple[Tile, ...] = (Tile4(), Tile2())
+TILES: tuple[Tile, ...] = (Tile4, Tile2)
 
 
 def is_worthwhile(x: Tensor, num_outputs: int) -> bool:

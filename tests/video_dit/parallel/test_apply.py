@@ -102,10 +102,10 @@ def test_packs_of_any_structure_share_the_compiled_code(world, compile_with):
             structures.add((packed.self_segments, packed.cross_segments))
             prediction = model(packed)
             if number % 20 == 0:
-                assert torch.equal(prediction, plain(packed))
+                torch.testing.assert_close(prediction, plain(packed), rtol=0, atol=1e-6)
     assert len(structures) > 150
-    # a token, a frame or a token of text that is alone has graphs of its own
-    assert 3 <= graphs_of_a_block <= counters["stats"]["unique_graphs"] <= 3 * graphs_of_a_block
+    # frames of equal and of unequal sizes, and a token, a frame or a token of text that is alone, have their own graphs
+    assert 3 <= graphs_of_a_block <= counters["stats"]["unique_graphs"] <= 4 * graphs_of_a_block
 
 
 def test_compiled_blocks_equal_eager_ones_and_keep_attention(world, compile_with):
