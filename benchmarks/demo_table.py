@@ -14,9 +14,9 @@ import platform
 from pathlib import Path
 
 import torch
+from measure import write_table
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 VERBS = {
     "toy": "make_toy_clips.py",
     "curate": "curate_clips.py",
@@ -95,12 +95,7 @@ def main() -> None:
         date = datetime.date.fromtimestamp(newest).isoformat()
         measured = {"date": date, "machine": machine, "hops": read_hops(options.storage)}
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
-    text = table(json.loads(options.json.read_text()))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    print(text)
+    write_table("demo table", table(json.loads(options.json.read_text())))
 
 
 if __name__ == "__main__":

@@ -95,3 +95,12 @@ def write_result(name: str, figures: Mapping[str, object]) -> Path:
     result = {"date": datetime.date.today().isoformat(), "machine": machine(), **figures}
     file.write_text(json.dumps(result, indent=2) + "\n")
     return file
+
+
+def write_table(name: str, text: str) -> None:
+    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->` in the README, and print it."""
+    readme = RESULTS.parent.parent / "README.md"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = readme.read_text().split(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+    print(text)

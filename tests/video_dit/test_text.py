@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import diffusers
 import fsspec
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from video_dit import text
 from video_dit.packing import pack
@@ -110,8 +112,6 @@ def test_a_folder_of_ours_may_leave_umt5s_captions_as_long_as_they_are(tmp_path,
 
 
 def test_umt5_equals_diffusers_pipeline(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     words = ["<pad>", "</s>", "<unk>", "a", "red", "dog"]
     model = tokenizers.models.Unigram([(f"▁{w}" if i > 2 else w, 0.0) for i, w in enumerate(words)], unk_id=2)
     fast = tokenizers.Tokenizer(model)
