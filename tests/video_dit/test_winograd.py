@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 
 from video_dit import winograd
 from video_dit.vae import VideoVAE, VideoVAEConfig
@@ -61,3 +62,15 @@ def test_errors_do_not_grow_beyond_those_of_the_direct_convolution(monkeypatch):
     exact = vae.double().encode(video.double()).mean
     assert not torch.equal(filtered, direct)
     assert (filtered - exact).abs().max() <= 2 * (direct - exact).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_a_wide_vae_equals_diffusers():
+    torch.manual_seed(0)
+    peer = AutoencoderKLWan(base_dim=32).eval()
+    vae = VideoVAE(VideoVAEConfig(base_dim=32)).eval()
+    vae.load_state_dict(peer.state_dict())
+    video = torch.rand(1, 3, 9, 48, 64) * 2 - 1
+    posterior = vae.encode(video)
+    torch.testing.assert_close(posterior.raw_mean, peer.encode(video).latent_dist.mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae.decode(posterior.mean), peer.decode(posterior.raw_mean).sample, rtol=0, atol=5e-5)
