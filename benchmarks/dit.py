@@ -134,7 +134,7 @@ def kernel_share(candidate: Callable[[], object]) -> float:
     return statistics.median(shares)
 
 
-def race_on_cpu(sizes: dict[str, int], rounds: int) -> dict[str, Any]:
+def race_on_cpu(name: str, sizes: dict[str, int], rounds: int) -> dict[str, Any]:
     """Check that both compute the same, then race them."""
     ours, theirs = make_models(sizes)
     uniform, texts = make_samples(UNIFORM, sizes["text_dim"], TEXT_TOKENS)
@@ -160,14 +160,12 @@ def race_on_cpu(sizes: dict[str, int], rounds: int) -> dict[str, Any]:
     rows["mixed pack, peer padded"] = ratio(times, "ours", "padded")
     rows["mixed pack, peer clip by clip"] = ratio(times, "ours", "one by one")
     useful = sum(x[0].numel() for x in mixed) / batch[:, 0].numel()
-    print(f"largest difference {error:.1e}; {useful:.0%} of the padded batch is video")
-    for name, value in rows.items():
-        print(
-            f"  {name:32} {value}"
-            + (f"; {bound:.2f} with matrix products and attention alone" * (name == "uniform batch"))
-        )
+    print(f"{name}: largest difference {error:.1e}; {useful:.0%} of the padded batch is video")
+    for row, value in rows.items():
+        more = f"; {bound:.2f} with matrix products and attention alone" if row == "uniform batch" else ""
+        print(f"  {row:32} {value}{more}", flush=True)
     figures = {"sizes": sizes, "max_abs_error": float(error), "useful_share": useful, "bound_uniform": bound}
-    return {**figures, "ratios": {name: value._asdict() for name, value in rows.items()}}
+    return {**figures, "ratios": {row: value._asdict() for row, value in rows.items()}}
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
@@ -256,8 +254,7 @@ def main() -> None:
         figures |= measure_on_gpu(VideoDiTConfig(), options.rounds, figures["gemm_flop_per_s"])
     else:
         for name, sizes in WIDTHS.items():
-            print(name, end=": ")
-            figures[name] = race_on_cpu(sizes, options.rounds)
+            figures[name] = race_on_cpu(name, sizes, options.rounds)
     print(f"wrote {write_result('dit', figures)}")
 
 
