@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fsspec.implementations.local import LocalFileSystem
-from torch import Tensor
+from torch import Tensor, nn
 
 from video_dit import weights
 
@@ -212,7 +212,7 @@ def load_umt5(url: str, subfolder: str, device: torch.device | str) -> tuple[Any
         raise ValueError(f"{url}/{subfolder} needs transformers: pip install 'kinoray[wan]'") from error
     with _local(url, [subfolder, "tokenizer"]) as folder:
         tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
-        model = UMT5EncoderModel.from_pretrained(f"{folder}/{subfolder}", dtype="auto", use_safetensors=True)
+        model: nn.Module = UMT5EncoderModel.from_pretrained(f"{folder}/{subfolder}", dtype="auto", use_safetensors=True)
     return tokenizer, model.to(device).eval()
 
 
