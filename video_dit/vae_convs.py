@@ -70,6 +70,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[in
 
 
 def _is_onednn(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler chooses its own kernels, and knows no shapes of this one
+        return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 

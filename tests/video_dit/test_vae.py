@@ -141,6 +141,14 @@ def test_no_output_depends_on_later_frames(name):
     assert (decoded_changed[:, :, 5:] - decoded[:, :, 5:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["plain", "residual"])
+@torch.no_grad()
+def test_compiles_as_one_graph(name):
+    vae, video = make_vae(CONFIGS[name]), make_video(9, 16, 32)
+    compiled = torch.compile(lambda video: vae.decode(vae.encode(video).mean), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(video), vae.decode(vae.encode(video).mean), rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_an_image_is_the_first_frame_of_a_video():
     vae = make_vae(CONFIGS["residual"])
