@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from video_dit import winograd
 
 CHANNELS_LAST = torch.channels_last_3d
+WASTEFUL_FRAMES = 9  # from here on zeros behind too, their outputs cut off, cost less than copying
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,22 +93,30 @@ class CausalConv3d(nn.Conv3d):
             return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), (0, *self.border))
         if self.num_past == 2 and _is_onednn(x) and winograd.is_worthwhile(x, num_frames - is_start):
             return self._filter(x, is_start)
+        if is_start and _is_onednn(x) and num_frames >= WASTEFUL_FRAMES:
+            return convolve(x, self.weight, self.bias, (1, 1, 1), (self.num_past, *self.border))[:, :, :num_frames]
         if is_start:
             x = torch.cat([torch.zeros_like(x[:, :, : self.num_past]), x], dim=2)
         return convolve(x, self.weight, self.bias, (1, 1, 1), (0, *self.border))
 
     def _filter(self, x: Tensor, is_start: bool) -> Tensor:
-        """The valid convolution over time; at the start the first frame stands alone."""
-        frames, outputs = rearrange(x, "b c t h w -> t b h w c"), []
+        """The valid convolution over time; at the start the first frame, which sees nothing else, stands alone."""
+        frames = x.movedim(1, -1).unbind(1)  # t of b h w c
+        num_frames = len(frames) if is_start else len(frames) - self.num_past
+        y = x.new_empty(x.shape[0], num_frames, *x.shape[3:], self.out_channels)
+        out = [None] * num_frames if torch.is_grad_enabled() else y.unbind(1)
         if is_start:
-            outputs.append(self._convolve_frame(frames[0], self.weight[:, :, -1]))
-            frames = torch.cat([torch.zeros_like(frames[:1]), frames])
-        outputs += winograd.filter_frames(frames, self.weight, self._convolve_frame)
-        y = torch.stack(outputs, dim=1)  # b t h w c_out
-        return (y if self.bias is None else y.add_(self.bias)).movedim(-1, 1)
+            first = self._convolve_frame(frames[0], self.weight[:, :, -1], self.bias)
+            frames, out = (torch.zeros_like(frames[0]), *frames), out[1:]
+        outputs = winograd.filter_frames(frames, self.weight, self.bias, self._convolve_frame, out)
+        if torch.is_grad_enabled():
+            y = torch.stack([first, *outputs] if is_start else outputs, dim=1)
+        elif is_start:
+            y[:, 0] = first
+        return y.movedim(-1, 1)
 
-    def _convolve_frame(self, frame: Tensor, kernel: Tensor) -> Tensor:
-        return convolve(frame.movedim(-1, 1), kernel, None, (1, 1), self.border).movedim(1, -1)
+    def _convolve_frame(self, frame: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(frame.movedim(-1, 1), kernel, bias, (1, 1), self.border).movedim(1, -1)
 
 
 class FrameConv2d(nn.Conv2d):

@@ -30,18 +30,22 @@ class RMSNorm(nn.Module):
         self.dim = dim
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """`b c t h w` to the same shape and dtype; the norm is taken in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)  # b 1 t h w
-        y = x * (self.dim**0.5 / norm.clamp_min(1e-12)).to(x.dtype)
-        gamma = self.gamma.view(-1, 1, 1, 1)
-        return y * gamma if torch.is_grad_enabled() else y.mul_(gamma)
+        scale, gamma = (self.dim**0.5 / norm.clamp_min(1e-12)).to(x.dtype), self.gamma.view(-1, 1, 1, 1)
+        if torch.is_grad_enabled():
+            return x * scale * gamma
+        return (x.mul_(scale) if inplace else x * scale).mul_(gamma)
 
 
-def activate(norm: RMSNorm, x: Tensor) -> Tensor:
-    """SiLU of the norm; without gradients in place, since large new tensors cost more than the arithmetic."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+def activate(norm: RMSNorm, x: Tensor, inplace: bool = False) -> Tensor:
+    """SiLU of the norm; in place where asked for and no gradients are taken.
+
+    Large new tensors cost more than the arithmetic: the system hands out their memory page by page.
+    """
+    return F.silu(norm(x, inplace), inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -59,8 +63,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """`b c t h w` to `b c_out t h w`."""
         y = self.conv1(activate(self.norm1, x), cache)  # b c_out t h w
-        y = self.conv2(self.dropout(activate(self.norm2, y)), cache)
-        return y + self.conv_shortcut(x)
+        y = self.conv2(self.dropout(activate(self.norm2, y, inplace=True)), cache)
+        return y + self.conv_shortcut(x) if torch.is_grad_enabled() else y.add_(self.conv_shortcut(x))
 
 
 class FrameAttention(nn.Module):

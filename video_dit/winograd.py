@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 MIN_CHANNELS, MIN_PIXELS = 32, 256  # below, the sums cost more than the multiplications they save
-TILES_AT_ONCE = 4
+
+Outputs = Sequence[Tensor | None]  # where to write each output; a new tensor for None
 
 
 class Tile(Protocol):
@@ -28,57 +29,51 @@ class Tile(Protocol):
     def taps(self, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """3 taps to m + 2 factors."""
 
-    def outputs(self, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(self, p: Sequence[Tensor], out: Outputs) -> tuple[Tensor, ...]:
         """m + 2 products to m outputs."""
 
 
 class Tile4:
-    """m = 4. Products of points near 1, and a * b = 1, keep the errors smallest."""
+    """m = 4. Products of points near 1, and a * b = 1, keep the errors smallest.
+
+    The taps carry the points' weights in the interpolation, by powers that leave the outputs the fewest sums.
+    """
 
     size = 4
     a, b = 2 / 3, 3 / 2
     aa, bb = a * a, b * b
-    at_a, at_b = 1 / (2 * aa * (aa - bb)), 1 / (2 * bb * (bb - aa))  # the points' weights in the interpolation
+    at_a, at_b = a / (2 * aa * (aa - bb)), bb / (2 * bb * (bb - aa))
 
     @classmethod
     def inputs(cls, x: Sequence[Tensor]) -> Iterator[Tensor]:
         """Six frames, transformed one after the other."""
         x0, x1, x2, x3, x4, x5 = x
-        yield (x0 + x4).sub(x2, alpha=cls.aa + cls.bb)
+        yield (x0 + x4).sub_(x2, alpha=cls.aa + cls.bb)
         even, odd = torch.sub(x4, x2, alpha=cls.bb), torch.sub(x3, x1, alpha=cls.bb)
         yield torch.add(even, odd, alpha=cls.a)
         yield torch.sub(even, odd, alpha=cls.a)
         even, odd = torch.sub(x4, x2, alpha=cls.aa), torch.sub(x3, x1, alpha=cls.aa)
         yield torch.add(even, odd, alpha=cls.b)
         yield torch.sub(even, odd, alpha=cls.b)
-        yield (x1 + x5).sub(x3, alpha=cls.aa + cls.bb)
+        yield (x1 + x5).sub_(x3, alpha=cls.aa + cls.bb)
 
     @classmethod
     def taps(cls, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Three taps."""
-        at_a, at_b = torch.add(w[0], w[2], alpha=cls.aa), torch.add(w[0], w[2], alpha=cls.bb)
-        return (
-            w[0],
-            torch.add(at_a, w[1], alpha=cls.a),
-            torch.sub(at_a, w[1], alpha=cls.a),
-            torch.add(at_b, w[1], alpha=cls.b),
-            torch.sub(at_b, w[1], alpha=cls.b),
-            w[2],
-        )
+        even_a = torch.add(w[0], w[2], alpha=cls.aa).mul_(cls.at_a)
+        even_b = torch.add(w[0], w[2], alpha=cls.bb).mul_(cls.at_b)
+        odd_a, odd_b = w[1] * (cls.at_a * cls.a), w[1] * (cls.at_b * cls.b)
+        return w[0], even_a + odd_a, even_a - odd_a, even_b + odd_b, even_b - odd_b, w[2]
 
     @classmethod
-    def outputs(cls, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(cls, p: Sequence[Tensor], out: Outputs) -> tuple[Tensor, ...]:
         """Four frames."""
         even_a, odd_a, even_b, odd_b = p[1] + p[2], p[1] - p[2], p[3] + p[4], p[3] - p[4]
-
-        def power(x: Tensor, y: Tensor, exponent: int) -> Tensor:
-            return (x * (cls.at_a * cls.a**exponent)).add(y, alpha=cls.at_b * cls.b**exponent)
-
         return (
-            power(even_a, even_b, 0).add(p[0]),
-            power(odd_a, odd_b, 1),
-            power(even_a, even_b, 2),
-            power(odd_a, odd_b, 3).add(p[5]),
+            torch.add(torch.add(p[0], even_a, alpha=1 / cls.a), even_b, alpha=1 / cls.bb, out=out[0]),
+            torch.add(odd_a, odd_b, alpha=1 / cls.b, out=out[1]),
+            torch.add(even_b, even_a, alpha=cls.a, out=out[2]),
+            torch.add(torch.add(p[5], odd_a, alpha=cls.aa), odd_b, alpha=cls.b, out=out[3]),
         )
 
 
@@ -99,12 +94,22 @@ class Tile2:
         return w[0], even + odd, even - odd, w[2]
 
     @classmethod
-    def outputs(cls, p: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def outputs(cls, p: Sequence[Tensor], out: Outputs) -> tuple[Tensor, ...]:
         """Two frames."""
-        return p[0] + p[1] + p[2], p[1] - p[2] + p[3]
+        return torch.add(p[0] + p[1], p[2], out=out[0]), torch.add(p[1] - p[2], p[3], out=out[1])
 
 
 TILES: tuple[Tile, ...] = (Tile4, Tile2)
+
+
+def bias_shares(tile: Tile) -> tuple[float, ...]:
+    """The m + 2 products whose outputs are all 1: a bias in these shares on the products is the outputs' bias."""
+    x, w = torch.ones(tile.size + 2, dtype=torch.float64), torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    factors = zip(tile.inputs(x.unbind()), tile.taps(w.unbind()), strict=True)
+    return tuple((a * b).item() for a, b in factors)
+
+
+BIAS_SHARES = [bias_shares(tile) for tile in TILES]
 
 
 def is_worthwhile(x: Tensor, num_outputs: int) -> bool:
@@ -113,29 +118,34 @@ def is_worthwhile(x: Tensor, num_outputs: int) -> bool:
     return num_outputs >= 2 and channels >= MIN_CHANNELS and batch * num_outputs * height * width >= MIN_PIXELS
 
 
-def filter_frames(frames: Tensor, weight: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """Valid three-tap convolution over time, without bias; equal to rounding.
+Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def filter_frames(
+    frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, convolve: Convolve, out: Outputs
+) -> list[Tensor]:
+    """Valid three-tap convolution over time; equal to rounding.
 
     Args:
-        frames: n + 2, b h w c.
+        frames: n + 2 of b h w c.
         weight: c_out c 3 rows columns.
-        convolve: a frame, b h w c, with a kernel c_out c rows columns, to b h w c_out.
+        bias: c_out.
+        convolve: a frame, b h w c, with a kernel, c_out c rows columns, and a bias, to b h w c_out.
+        out: n of b h w c_out to write to, without gradients, or of None.
 
     Returns:
         n of b h w c_out.
     """
-    taps, num_outputs = weight.unbind(2), len(frames) - 2
-    outputs: list[Tensor] = []
-
-    for tile in TILES:
-        num_tiles = (num_outputs - len(outputs)) // tile.size
-        if num_tiles:
-            kernels = tile.taps(taps)
-            tiled = frames[len(outputs) : len(outputs) + num_tiles * tile.size + 2]
-            for window in tiled.unfold(0, tile.size + 2, tile.size).unbind():  # b h w c m+2
-                factors = zip(tile.inputs(window.unbind(-1)), kernels, strict=True)
-                outputs += tile.outputs([convolve(x, kernel) for x, kernel in factors])
-    for number in range(len(outputs), num_outputs):
-        y = [convolve(frame, tap) for frame, tap in zip(frames[number : number + 3], taps, strict=True)]
-        outputs.append(y[0] + y[1] + y[2])
+    taps, outputs = weight.unbind(2), list[Tensor]()
+    for tile, shares in zip(TILES, BIAS_SHARES, strict=True):
+        if len(out) - len(outputs) < tile.size:
+            continue
+        kernels = tile.taps(taps)
+        biases = [None if bias is None else bias * share for share in shares]
+        while (start := len(outputs)) <= len(out) - tile.size:
+            factors = zip(tile.inputs(frames[start : start + tile.size + 2]), kernels, biases, strict=True)
+            outputs += tile.outputs([convolve(*factor) for factor in factors], out[start : start + tile.size])
+    for start in range(len(outputs), len(out)):
+        y = [convolve(*factor) for factor in zip(frames[start : start + 3], taps, (bias, None, None), strict=True)]
+        outputs.append(torch.add(y[0] + y[1], y[2], out=out[start]))
     return outputs
