@@ -13,7 +13,7 @@ from pipeline.toy import ToyConfig
 from pipeline.train import WorkersConfig
 from pipeline.train_vae import TrainVaeConfig
 from pipeline.train_video import TrainVideoConfig
-from video_dit.diffusion.losses import FlowConfig
+from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.model import VideoDiTConfig
 from video_dit.text import HashedWordConfig
 from video_dit.training import OptimizerConfig
@@ -67,7 +67,7 @@ def toy_cpu() -> Recipe:
         encode=EncodeConfig(),
         video=TrainVideoConfig(
             dit=dit,
-            flow=FlowConfig(shift=3.0),
+            diffusion=DiffusionConfig(shift=3.0),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
             optimizer=OptimizerConfig(learning_rate=5e-3, matrix_learning_rate=0.05, num_steps=2000, ema_decay=0.995),
         ),

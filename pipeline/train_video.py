@@ -13,7 +13,7 @@ from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import WorkersConfig, train
 from video_dit import weights
-from video_dit.diffusion.losses import FlowBatch, FlowConfig, flow_batch, flow_loss
+from video_dit.diffusion.losses import DiffusionBatch, DiffusionConfig, diffusion_batch, diffusion_loss
 from video_dit.generator import GenerationRequest, Generator, save_pipeline_parts
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import load_text_encoder
@@ -29,13 +29,13 @@ class TrainVideoConfig:
 
     Attributes:
         dit: sizes.
-        flow: noise levels and caption dropout.
+        diffusion: schedule, target, noise levels and caption dropout.
         plan: token budget and batch; `quadratic_tokens` is best 2 d + ffn_dim.
         optimizer: learning rate and length.
     """
 
     dit: VideoDiTConfig = dataclasses.field(default_factory=VideoDiTConfig)
-    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -57,7 +57,11 @@ def train_video(
     """
     _check_fits(config.dit, encoder_folder(latents))
     task = VideoTask(
-        latents_uri=latents.uri, dit=config.dit, flow=config.flow, plan=config.plan, optimizer=config.optimizer
+        latents_uri=latents.uri,
+        dit=config.dit,
+        diffusion=config.diffusion,
+        plan=config.plan,
+        optimizer=config.optimizer,
     )
     return store.publish_once(
         storage,
@@ -92,7 +96,7 @@ class VideoTask:
 
     latents_uri: str
     dit: VideoDiTConfig
-    flow: FlowConfig
+    diffusion: DiffusionConfig
     plan: PlanConfig
     optimizer: OptimizerConfig
 
@@ -112,7 +116,7 @@ class VideoTrainee:
         self.text = load_text_encoder(self.encoder_folder)
         self.sizes = self.data.num_tokens(task.dit.patch)
         self.model = VideoDiT(task.dit)
-        self.loss_function = flow_loss
+        self.loss_function = diffusion_loss
         self.empty_text = self.text([""])[0]
 
     def num_elements(self, step: int, pack: Pack) -> float:
@@ -123,15 +127,15 @@ class VideoTrainee:
         """Clip ids."""
         return tuple(self.data.clip_ids[place] for place in pack)
 
-    def load(self, step: int, pack: Pack) -> FlowBatch:
+    def load(self, step: int, pack: Pack) -> DiffusionBatch:
         """Noised latents; noise is keyed by (seed, step, clip)."""
         samples = [self.data[place] for place in pack]
-        return flow_batch(
+        return diffusion_batch(
             latents=[sample.latents for sample in samples],
             texts=[sample.text for sample in samples],
             empty_text=self.empty_text,
             keys=[(self.task.plan.seed, step, sample.clip_id) for sample in samples],
-            config=self.task.flow,
+            config=self.task.diffusion,
             patch=self.task.dit.patch,
         )
 
@@ -141,7 +145,7 @@ class VideoTrainee:
             shell = VideoDiT(self.task.dit)
         weights.save_model(shell, folder, "transformer", state=averaged)
         VideoVAE.from_pretrained(self.encoder_folder).save_pretrained(folder)
-        save_pipeline_parts(folder, self.text, shift=self.task.flow.shift, fps=self.data.fps)
+        save_pipeline_parts(folder, self.text, shift=self.task.diffusion.shift, fps=self.data.fps)
         num_parameters = sum(value.numel() for value in averaged.values())
         return {"num_parameters": num_parameters, "num_samples": len(self.data)}
 

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from video_dit import weights
-from video_dit.diffusion.sampling import classifier_free, sample
+from video_dit.diffusion.guidance import classifier_free
+from video_dit.diffusion.sampling import sample
 from video_dit.diffusion.schedules import RectifiedFlow
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, concatenate, pack
@@ -203,8 +204,8 @@ class _GuidedDenoiser:
         in_order = torch.tensor([scales[place] for place in packed.order])
         self.scale = in_order.repeat_interleave(lengths)[:, None].to(packed.tokens.device)  # n 1
 
-    def __call__(self, tokens: Tensor, timestep: float) -> Tensor:
-        timesteps = torch.full_like(self.packed.timesteps, timestep)
+    def __call__(self, tokens: Tensor, timestep: Tensor) -> Tensor:
+        timesteps = torch.full_like(self.packed.timesteps, float(timestep))
         if not self.guided:
             return self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps))
         both = self.packed.replace(tokens=torch.cat([tokens, tokens]), timesteps=timesteps)

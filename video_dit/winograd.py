@@ -7,8 +7,8 @@ so that the sums around it are cheap. Half the work for m = 4, two thirds for m 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,23 +18,10 @@ MIN_CHANNELS, MIN_PIXELS = 32, 256  # below, the sums cost more than the multipl
 Outputs = Sequence[Tensor | None]  # where to write each output; a new tensor for None
 
 
-class Tile(Protocol):
-    """F(m, 3): m outputs from m + 2 inputs, by m + 2 products of transformed inputs and transformed taps."""
-
-    size: int
-
-    def inputs(self, x: Sequence[Tensor]) -> Iterator[Tensor]:
-        """m + 2 inputs to m + 2 factors."""
-
-    def taps(self, w: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """3 taps to m + 2 factors."""
-
-    def outputs(self, p: Sequence[Tensor], out: Outputs) -> tuple[Tensor, ...]:
-        """m + 2 products to m outputs."""
-
-
 class Tile4:
-    """m = 4. Products of points near 1, and a * b = 1, keep the errors smallest.
+    """F(4, 3): 4 outputs from 6 inputs, by 6 products of transformed inputs and taps.
+
+    Products of points near 1, and a * b = 1, keep the errors smallest.
 
     The taps carry the points' weights in the interpolation, by powers that leave the outputs the fewest sums.
     """
@@ -78,7 +65,7 @@ class Tile4:
 
 
 class Tile2:
-    """m = 2, points 0, +-1 and infinity."""
+    """F(2, 3), at points 0, +-1 and infinity."""
 
     size = 2
 
@@ -99,17 +86,16 @@ class Tile2:
         return torch.add(p[0] + p[1], p[2], out=out[0]), torch.add(p[1] - p[2], p[3], out=out[1])
 
 
+Tile = type[Tile4] | type[Tile2]
 TILES: tuple[Tile, ...] = (Tile4, Tile2)
 
 
+@functools.cache
 def bias_shares(tile: Tile) -> tuple[float, ...]:
     """The m + 2 products whose outputs are all 1: a bias in these shares on the products is the outputs' bias."""
     x, w = torch.ones(tile.size + 2, dtype=torch.float64), torch.tensor([1.0, 0, 0], dtype=torch.float64)
     factors = zip(tile.inputs(x.unbind()), tile.taps(w.unbind()), strict=True)
     return tuple((a * b).item() for a, b in factors)
-
-
-BIAS_SHARES = [bias_shares(tile) for tile in TILES]
 
 
 def is_worthwhile(x: Tensor, num_outputs: int) -> bool:
@@ -137,10 +123,11 @@ def filter_frames(
         n of b h w c_out.
     """
     taps, outputs = weight.unbind(2), list[Tensor]()
-    for tile, shares in zip(TILES, BIAS_SHARES, strict=True):
+    for tile in TILES:
         if len(out) - len(outputs) < tile.size:
             continue
         kernels = tile.taps(taps)
+        shares = bias_shares(tile)  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
         biases = [None if bias is None else bias * share for share in shares]
         while (start := len(outputs)) <= len(out) - tile.size:
             factors = zip(tile.inputs(frames[start : start + tile.size + 2]), kernels, biases, strict=True)

@@ -1,67 +1,106 @@
-"""What a transformer is trained on: the velocity at a random noise level, for every token of a pack."""
+"""What a transformer is trained on: the target at random noise levels, for every token of a pack."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from video_dit.diffusion.schedules import RectifiedFlow, logit_normal
+from video_dit.diffusion.schedules import (
+    CosineSchedule,
+    Level,
+    LinearBetaSchedule,
+    RectifiedFlow,
+    ScaledLinearSchedule,
+    Schedule,
+)
+from video_dit.diffusion.targets import Target, check_target, target_of
 from video_dit.packing import PackedBatch, pack
 from video_dit.random import keyed_normal, keyed_uniform
 from video_dit.shapes import Stride
 
+BetaScheduleClass = type[LinearBetaSchedule] | type[ScaledLinearSchedule] | type[CosineSchedule]
+BETA_SCHEDULES: dict[str, BetaScheduleClass] = {
+    "linear": LinearBetaSchedule,
+    "scaled_linear": ScaledLinearSchedule,
+    "cosine": CosineSchedule,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """How noise levels and conditions are drawn.
+class DiffusionConfig:
+    """How data and noise are mixed, what is predicted, and how noise levels and conditions are drawn.
 
     Attributes:
-        shift: of the schedule, in training and sampling.
-        logit_mean, logit_std: of the noise level's logit (arXiv 2403.03206).
+        schedule_name: "flow" or one of BETA_SCHEDULES.
+        shift, base_tokens: of the flow, in training and sampling; see RectifiedFlow.
+        zero_terminal_snr: of the others; see BetaSchedule.
+        target: what the model predicts.
+        times: "uniform" over the schedule's time, or "logit_normal" (arXiv 2403.03206, section 3.1).
+        logit_mean, logit_std: of the latter.
+        min_snr_gamma: weights the squared error of the data by min(SNR, gamma) (arXiv 2303.09556), whatever the target;
+            None weights that of the target by 1.
         caption_dropout: share of samples trained without their caption, for classifier-free guidance.
     """
 
+    schedule_name: Literal["flow", "linear", "scaled_linear", "cosine"] = "flow"
     shift: float = 1.0
+    base_tokens: int | None = None
+    zero_terminal_snr: bool = False
+    target: Target = "velocity"
+    times: Literal["uniform", "logit_normal"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    min_snr_gamma: float | None = None
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_target(self.target)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
         if self.logit_std <= 0:
             raise ValueError(f"logit_std={self.logit_std}: must be positive")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma={self.min_snr_gamma}: must be positive, or None")
+        if self.target == "noise" and self.schedule.alpha(self.schedule.sigmas(1)[0]) == 0:
+            raise ValueError(
+                f"target='noise': schedule_name={self.schedule_name!r} reaches pure noise, from which no data follows; "
+                "use v or velocity"
+            )
 
     @property
-    def schedule(self) -> RectifiedFlow:
+    def schedule(self) -> Schedule:
         """The paths from noise to data."""
-        return RectifiedFlow(shift=self.shift)
+        if self.schedule_name == "flow":
+            return RectifiedFlow(shift=self.shift, base_tokens=self.base_tokens)
+        return BETA_SCHEDULES[self.schedule_name](zero_terminal_snr=self.zero_terminal_snr)
 
 
-class FlowBatch(NamedTuple):
-    """A pack of noisy samples and the velocity at each token, n (c pt ph pw)."""
+class DiffusionBatch(NamedTuple):
+    """A pack of noisy samples, and for each token the target, n (c pt ph pw), the loss's weight and noise level, n."""
 
     packed: PackedBatch
     target: Tensor
+    weight: Tensor
+    sigma: Tensor
 
-    def shard(self, rank: int, size: int) -> FlowBatch:
+    def shard(self, rank: int, size: int) -> DiffusionBatch:
         """One of `size` runs of tokens, for context parallelism; the losses of all runs add up to the pack's."""
         packed = self.packed.shard(rank, size)
-        return FlowBatch(packed, self.target[packed.places])
+        return DiffusionBatch(packed, *(value[packed.places] for value in self[1:]))
 
 
-def flow_batch(
+def diffusion_batch(
     latents: Sequence[Tensor],
     texts: Sequence[Tensor],
     empty_text: Tensor,
     keys: Sequence[tuple[int | str, ...]],
-    config: FlowConfig,
+    config: DiffusionConfig,
     patch: Stride,
-) -> FlowBatch:
+) -> DiffusionBatch:
     """Noise samples and pack them; a function of its arguments, whoever calls it.
 
     Args:
@@ -72,22 +111,61 @@ def flow_batch(
         config: distributions.
         patch: of the tokens.
     """
-    noisy, velocities, timesteps, given = [], [], [], []
     schedule = config.schedule
+    noisy, targets, sigmas, given = [], [], [], []
     for sample, text, key in zip(latents, texts, keys, strict=True):
         noise = keyed_normal(sample.shape, *key, "noise")
-        uniform = torch.tensor(keyed_uniform(*key, "sigma"), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-        sigma = float(schedule.shifted(logit_normal(uniform, config.logit_mean, config.logit_std)))
-        noisy.append(schedule.mix(sample, noise, sigma))
-        velocities.append(schedule.velocity(sample, noise))
-        timesteps.append(float(schedule.timestep(sigma)))
+        sigma = draw_sigmas(config, sample.shape[1] // patch.t, key)  # t/pt
+        level = schedule.level(sigma.repeat_interleave(patch.t)[:, None, None])  # t 1 1
+        noisy.append(level.mix(sample, noise))
+        targets.append(target_of(sample, noise, config.target, level))
+        sigmas.append(sigma)
         given.append(empty_text if keyed_uniform(*key, "caption") < config.caption_dropout else text)
-    target = pack(velocities, timesteps, given, patch).tokens  # the same order: grids and texts are the same
-    return FlowBatch(pack(noisy, timesteps, given, patch), target)
+    timesteps = [schedule.timestep(sigma).float() for sigma in sigmas]
+    packed = pack(noisy, timesteps, given, patch)
+    target = pack(targets, timesteps, given, patch).tokens  # the same order: grids and texts are the same
+    of_token = torch.cat([sigmas[place] for place in packed.order])[packed.frame_of_token]  # n
+    return DiffusionBatch(packed, target, loss_weight(schedule.level(of_token), config).float(), of_token.float())
 
 
-def flow_loss(model: nn.Module, batch: FlowBatch) -> Tensor:
-    """Squared error of the velocity, mean over a token's channels, summed over tokens."""
+def draw_sigmas(config: DiffusionConfig, num_frames: int, key: tuple[int | str, ...]) -> Tensor:
+    """Noise levels of a sample's frames of tokens, t/pt, float64."""
+    uniform = torch.tensor(keyed_uniform(*key, "sigma"), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    time = logit_normal(uniform, config.logit_mean, config.logit_std) if config.times == "logit_normal" else uniform
+    return config.schedule.sigma_at(time).expand(num_frames)
+
+
+def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Times whose logit is normal (arXiv 2403.03206, section 3.1), by the inverse of the normal's distribution.
+
+    Args:
+        uniform: numbers in (0, 1): stratified ones give stratified times.
+    """
+    return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
+
+
+def loss_weight(level: Level, config: DiffusionConfig) -> Tensor:
+    """Weight of the target's squared error: an error e of the data is one of `factor` e of the target."""
+    alpha, sigma = level
+    if config.min_snr_gamma is None:
+        return torch.ones_like(sigma)
+    factor = {
+        "noise": alpha / sigma,
+        "data": torch.ones_like(sigma),
+        "v": (alpha**2 + sigma**2) / sigma,
+        "velocity": (alpha + sigma) / sigma,
+    }[config.target]
+    return (alpha / sigma).square().clamp_max(config.min_snr_gamma) / factor.square()
+
+
+def diffusion_loss(model: nn.Module, batch: DiffusionBatch) -> Tensor:
+    """Weighted squared error of the target, mean over a token's channels, summed over tokens."""
+    errors = token_errors(model, batch)
+    return (errors * batch.weight.to(errors.device)).sum()
+
+
+def token_errors(model: nn.Module, batch: DiffusionBatch) -> Tensor:
+    """Squared error of the target at each token, n, mean over its channels."""
     device = next(model.parameters()).device
     prediction = model(batch.packed.to(device))
-    return (prediction.float() - batch.target.to(device)).square().mean(dim=1).sum()
+    return (prediction.float() - batch.target.to(device)).square().mean(dim=1)

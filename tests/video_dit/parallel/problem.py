@@ -2,7 +2,7 @@
 
 import torch
 
-from video_dit.diffusion.losses import FlowBatch, flow_loss
+from video_dit.diffusion.losses import DiffusionBatch, diffusion_loss
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import pack
 
@@ -27,7 +27,7 @@ def batch_of(shapes, seed=0):
     texts = [torch.randn(1 + place, 8, generator=generator) for place in range(len(shapes))]
     timesteps = [torch.rand(shape[1], generator=generator) * 1000 for shape in shapes]
     packed = pack(latents, timesteps, texts)
-    return FlowBatch(packed, torch.randn(packed.tokens.shape, generator=generator))
+    return DiffusionBatch(packed, torch.randn(packed.tokens.shape, generator=generator))
 
 
 def whole(value):
@@ -36,7 +36,7 @@ def whole(value):
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    loss = flow_loss(model, batch)
+    loss = diffusion_loss(model, batch)
     loss.backward()
     gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     return {"loss": loss.detach()} | gradients

@@ -12,7 +12,7 @@ from processes import launch
 from torch.distributed.device_mesh import init_device_mesh
 
 from video_dit.attention import Segments, attend
-from video_dit.diffusion.losses import flow_loss
+from video_dit.diffusion.losses import diffusion_loss
 from video_dit.layers import SelfAttention
 from video_dit.packing import shard_lengths
 from video_dit.parallel.apply import ParallelConfig, parallelize
@@ -63,7 +63,7 @@ def on_a_grid_of_processes():
     found = []
     for config in WITH_CHECKPOINTING:
         model = parallelize(model_of(heads=2), world.mesh, config)
-        (flow_loss(model, batch_of(MIXED, seed=data).shard(context, 2)) * world.size).backward()
+        (diffusion_loss(model, batch_of(MIXED, seed=data).shard(context, 2)) * world.size).backward()
         found.append({name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()})
     return found
 
@@ -71,7 +71,7 @@ def on_a_grid_of_processes():
 def test_composes_with_sharded_weights_and_checkpointing(tmp_path):
     model = model_of(heads=2)
     for seed in range(2):
-        flow_loss(model, batch_of(MIXED, seed)).backward()
+        diffusion_loss(model, batch_of(MIXED, seed)).backward()
     for found in launch(4, tmp_path, on_a_grid_of_processes):
         for gradients in found:
             assert_close(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import launch
 
-from video_dit.diffusion.losses import FlowConfig, flow_batch, flow_loss
+from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch, diffusion_loss
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.parallel.apply import ParallelConfig, parallelize
 from video_dit.parallel.checkpoint import (
@@ -54,7 +54,7 @@ def packs_of_step(step):
         latents = [torch.randn(shape, generator=generator) for shape in shapes]
         texts = [torch.randn(3 + place, 8, generator=generator) for place in range(len(shapes))]
         keys = [(0, step, f"{number}-{place}") for place in range(len(shapes))]
-        packs.append(flow_batch(latents, texts, torch.zeros(1, 8), keys, FlowConfig(), PATCH))
+        packs.append(diffusion_batch(latents, texts, torch.zeros(1, 8), keys, DiffusionConfig(), PATCH))
     return packs
 
 
@@ -68,7 +68,7 @@ def run_steps(state, until):
         for place in range(world.rank, rounds * world.size, world.size):
             weight = 1.0 if place < len(packs) else 0.0
             mine.append(MicroBatch(inputs=packs[place % len(packs)], weight=weight, sample_ids=()))
-        losses.append(train_step(state, mine, flow_loss, num_tokens)["loss"])
+        losses.append(train_step(state, mine, diffusion_loss, num_tokens)["loss"])
     return losses
 
 
