@@ -27,7 +27,9 @@ def batch_of(shapes, seed=0):
     texts = [torch.randn(1 + place, 8, generator=generator) for place in range(len(shapes))]
     timesteps = [torch.rand(shape[1], generator=generator) * 1000 for shape in shapes]
     packed = pack(latents, timesteps, texts)
-    return DiffusionBatch(packed, torch.randn(packed.tokens.shape, generator=generator))
+    target = torch.randn(packed.tokens.shape, generator=generator)
+    weight, sigma = torch.rand(2, packed.num_tokens, generator=generator)
+    return DiffusionBatch(packed, target, weight, sigma)
 
 
 def whole(value):
