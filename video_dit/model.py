@@ -7,6 +7,7 @@ by all blocks plus a learned table in each, and a timestep for every frame.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -29,6 +30,9 @@ from video_dit.muon import Matrix
 from video_dit.packing import PackedBatch
 from video_dit.rope import rotations
 from video_dit.shapes import Stride
+
+if TYPE_CHECKING:
+    from video_dit.step_cache import StepCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,11 +191,12 @@ class VideoDiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.head.out.weight)  # the first prediction is zero
 
-    def forward(self, packed: PackedBatch) -> Tensor:
+    def forward(self, packed: PackedBatch, cache: StepCache | None = None) -> Tensor:
         """Predict the target of every token.
 
         Args:
             packed: tokens n (c pt ph pw).
+            cache: of the step before, when sampling.
 
         Returns:
             n (c pt ph pw), in the layout of `packed.tokens` and the weights' dtype; `packed.unpack` gives latents.
@@ -199,21 +204,31 @@ class VideoDiT(nn.Module):
         Raises:
             ValueError: a pack without the images that this model needs, or with images that it cannot take.
         """
-        dtype, time_dtype = self.patch_embedding.weight.dtype, next(self.time_mlp.parameters()).dtype
+        time = self.embed_time(packed)  # f d
+        x = self.patch_embedding(packed.tokens.to(self.patch_embedding.weight.dtype))  # n d
+        x = self.run_blocks(x, packed, time) if cache is None else cache.run_blocks(self, x, packed, time)
+        return self.head(x, time, None if packed.has_equal_frames else packed.frame_of_token)  # n (c pt ph pw)
+
+    def embed_time(self, packed: PackedBatch) -> Tensor:
+        """The pack's timesteps at the model's width, f d, float32."""
         embedding = timestep_embedding(packed.timesteps, self.config.freq_dim)  # f freq
-        time = self.time_mlp(embedding.to(time_dtype)).float()  # f d
+        time: Tensor = self.time_mlp(embedding.to(next(self.time_mlp.parameters()).dtype))
+        return time.float()
+
+    def run_blocks(self, x: Tensor, packed: PackedBatch, time: Tensor, blocks: slice | None = None) -> Tensor:
+        """All of the blocks or some: x n d and time f d to n d."""
+        dtype, time_dtype = self.patch_embedding.weight.dtype, next(self.time_mlp.parameters()).dtype
         shared = rearrange(
             self.time_modulation(nn.functional.silu(time).to(time_dtype)).float(), "f (k d) -> f k d", k=6
         )
         text = self.text_mlp(packed.text.to(dtype))  # s d
         images = self._embed_images(packed)  # m d
         rotation = self._rotation(packed)  # n e/2 2
-        x = self.patch_embedding(packed.tokens.to(dtype))  # n d
         frame_of_token = None if packed.has_equal_frames else packed.frame_of_token
         segments = packed.self_segments, packed.cross_segments
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else self.blocks[blocks]:
             x = block(x, text, shared, frame_of_token, rotation, *segments, images, packed.image_segments)
-        return self.head(x, time, frame_of_token)  # n (c pt ph pw)
+        return x
 
     def use_attention(self, name: str) -> None:
         """Compute attention with a backend of `attention.py`. Before context parallelism, which wraps the backend.

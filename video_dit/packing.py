@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -104,6 +105,27 @@ class PackedBatch:
             cross_segments=Segments.of([grid.num_tokens for grid in self.grids], text_lengths),
         )
 
+    def select(self, chosen: Sequence[int]) -> PackedBatch:
+        """Some samples of a whole pack, by their places in it."""
+        samples = self.samples()
+        orders = [self.order[place] for place in chosen]
+        return _join([samples[place] for place in chosen], [sorted(orders).index(n) for n in orders], self.patch)
+
+    def samples(self) -> list[Sample]:
+        """What a whole pack is made of, in its order."""
+        nothing = [None] * len(self.grids)
+        return [
+            Sample(*parts)
+            for parts in zip(
+                self.tokens.split([grid.num_tokens for grid in self.grids]),
+                self.timesteps.split([grid.t for grid in self.grids]),
+                self.text.split(list(self.text_lengths)),
+                self.grids,
+                nothing if self.images is None else self.images.split(list(self.image_lengths)),
+                strict=True,
+            )
+        ]
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack on another device."""
         names = ["tokens", "timesteps", "text", "frame_of_token", *(["images"] if self.image_lengths else [])]
@@ -159,27 +181,49 @@ def pack(
     contexts = [texts, images or texts]
     # Equal lengths side by side, so that attention runs them as one batch.
     order = sorted(range(len(latents)), key=lambda i: (grids[i].num_tokens, *(c[i].shape[0] for c in contexts)))
-    grids = [grids[i] for i in order]
-    text_lengths = [texts[i].shape[0] for i in order]
-    image_lengths = [] if images is None else [images[i].shape[0] for i in order]
-    lengths = [grid.num_tokens for grid in grids]
     device = latents[0].device
+    samples = [
+        Sample(
+            tokens=patchify(latents[i], patch),
+            timesteps=_frame_timesteps(timesteps[i], grids[i], device),
+            text=texts[i],
+            grid=grids[i],
+            images=None if images is None else images[i],
+        )
+        for i in order
+    ]
+    return _join(samples, order, patch)
+
+
+class Sample(NamedTuple):
+    """One sample of a pack: tokens n (c pt ph pw), timesteps t, text s d, grid, perhaps images m c."""
+
+    tokens: Tensor
+    timesteps: Tensor
+    text: Tensor
+    grid: TokenGrid
+    images: Tensor | None
+
+
+def _join(samples: Sequence[Sample], order: Sequence[int], patch: Stride) -> PackedBatch:
+    tokens, timesteps, texts, grids, images = zip(*samples, strict=True)
+    lengths = [grid.num_tokens for grid in grids]
+    text_lengths = tuple(text.shape[0] for text in texts)
+    image_lengths = () if images[0] is None else tuple(image.shape[0] for image in images)
     tokens_per_frame = torch.tensor([grid.h * grid.w for grid in grids for _ in range(grid.t)])
     return PackedBatch(
-        tokens=torch.cat([patchify(latents[i], patch) for i in order]),
-        timesteps=torch.cat(
-            [_frame_timesteps(timesteps[i], grid, device) for i, grid in zip(order, grids, strict=True)]
-        ),
-        text=torch.cat([texts[i] for i in order]),
-        frame_of_token=torch.repeat_interleave(tokens_per_frame).to(device),
-        grids=tuple(grids),
-        text_lengths=tuple(text_lengths),
+        tokens=torch.cat(tokens),
+        timesteps=torch.cat(timesteps),
+        text=torch.cat(texts),
+        frame_of_token=torch.repeat_interleave(tokens_per_frame).to(tokens[0].device),
+        grids=grids,
+        text_lengths=text_lengths,
         order=tuple(order),
         patch=patch,
         self_segments=Segments.of(lengths, lengths),
         cross_segments=Segments.of(lengths, text_lengths),
-        images=None if images is None else torch.cat([images[i] for i in order]),
-        image_lengths=tuple(image_lengths),
+        images=torch.cat(images) if image_lengths else None,
+        image_lengths=image_lengths,
         image_segments=Segments.of(lengths, image_lengths) if image_lengths else None,
     )
 
@@ -206,25 +250,7 @@ def concatenate(first: PackedBatch, second: PackedBatch) -> PackedBatch:
     Raises:
         ValueError: only one of them has images.
     """
-    images = [packed.images for packed in (first, second) if packed.images is not None]
-    if len(images) == 1:
+    if (first.images is None) != (second.images is None):
         raise ValueError("one pack has images and the other has none")
-    image_lengths = first.image_lengths + second.image_lengths
-    grids = first.grids + second.grids
-    text_lengths = first.text_lengths + second.text_lengths
-    lengths = [grid.num_tokens for grid in grids]
-    return PackedBatch(
-        tokens=torch.cat([first.tokens, second.tokens]),
-        timesteps=torch.cat([first.timesteps, second.timesteps]),
-        text=torch.cat([first.text, second.text]),
-        frame_of_token=torch.cat([first.frame_of_token, second.frame_of_token + first.timesteps.shape[0]]),
-        grids=grids,
-        text_lengths=text_lengths,
-        order=first.order + tuple(place + len(first.grids) for place in second.order),
-        patch=first.patch,
-        self_segments=Segments.of(lengths, lengths),
-        cross_segments=Segments.of(lengths, text_lengths),
-        images=torch.cat(images) if images else None,
-        image_lengths=image_lengths,
-        image_segments=Segments.of(lengths, image_lengths) if image_lengths else None,
-    )
+    order = [*first.order, *(place + len(first.grids) for place in second.order)]
+    return _join([*first.samples(), *second.samples()], order, first.patch)
