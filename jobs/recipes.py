@@ -23,7 +23,7 @@ from video_dit.vae import VideoVAEConfig
 def toy_cpu() -> Recipe:
     """The whole system on a laptop: a world of moving shapes, from MP4 files to a model that draws them.
 
-    On two cores a quarter of an hour; then more than three of four held-out captions are drawn right in all attributes.
+    On two cores less than twenty minutes; then about three of four held-out captions are drawn right in all attributes.
     """
     text = HashedWordConfig(dim=96, position_dim=16)
     channels = 16
