@@ -11,11 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from video_dit import weights
-from video_dit.diffusion.guidance import classifier_free
+from video_dit.denoiser import GuidedDenoiser
 from video_dit.diffusion.sampling import sample
 from video_dit.diffusion.schedules import RectifiedFlow
 from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.packing import PackedBatch, concatenate, pack
+from video_dit.packing import PackedBatch, pack
 from video_dit.random import keyed_normal
 from video_dit.shapes import Stride, VideoShape
 from video_dit.text import TextEncoder, load_text_encoder
@@ -172,7 +172,7 @@ class Generator:
             raise ValueError("requests of one batch need the same num_steps")
         packed = self._pack(requests)
         negative = self.text([request.negative_prompt for request in requests])
-        denoise = _GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        denoise = GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
         tokens = sample(
             denoise, packed.tokens, schedule=self.schedule, num_steps=requests[0].num_steps, on_step=on_step
         )
@@ -191,26 +191,6 @@ class Generator:
     def _decode(self, latents: Tensor) -> Tensor:
         chunks = split_latents(latents[None], self.vae.config.stride, DECODED_PIXELS)
         return torch.cat([video_to_u8(video[0]) for video in self.vae.decode_stream(chunks)])  # t h w 3
-
-
-class _GuidedDenoiser:
-    """The model under classifier-free guidance: both halves in one packed forward, a scale for each sample."""
-
-    def __init__(self, dit: VideoDiT, packed: PackedBatch, negative: Sequence[Tensor], scales: Sequence[float]) -> None:
-        self.dit = dit
-        self.guided = any(scale != 1 for scale in scales)
-        self.packed = concatenate(packed, packed.with_texts(negative)) if self.guided else packed
-        lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
-        in_order = torch.tensor([scales[place] for place in packed.order])
-        self.scale = in_order.repeat_interleave(lengths)[:, None].to(packed.tokens.device)  # n 1
-
-    def __call__(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        timesteps = torch.full_like(self.packed.timesteps, float(timestep))
-        if not self.guided:
-            return self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps))
-        both = self.packed.replace(tokens=torch.cat([tokens, tokens]), timesteps=timesteps)
-        conditional, unconditional = self.dit(both).chunk(2)
-        return classifier_free(conditional, unconditional, self.scale)
 
 
 def video_to_u8(video: Tensor) -> Tensor:
