@@ -19,7 +19,7 @@ from video_dit.diffusion.schedules import (
 )
 from video_dit.diffusion.targets import Target, check_target, target_of
 from video_dit.packing import PackedBatch, pack
-from video_dit.random import keyed_normal, keyed_uniform
+from video_dit.random import keyed_generator, keyed_normal, keyed_uniform
 from video_dit.shapes import Stride
 
 BetaScheduleClass = type[LinearBetaSchedule] | type[ScaledLinearSchedule] | type[CosineSchedule]
@@ -44,6 +44,10 @@ class DiffusionConfig:
         min_snr_gamma: weights the squared error of the data by min(SNR, gamma) (arXiv 2303.09556), whatever the target;
             None weights that of the target by 1.
         caption_dropout: share of samples trained without their caption, for classifier-free guidance.
+        condition_rate: share of videos with some of their frames given clean, as generation from images and videos has
+            them; see `draw_given`.
+        independent_rate: share of videos whose frames have noise levels independent of each other (diffusion forcing,
+            arXiv 2407.01392).
     """
 
     schedule_name: Literal["flow", "linear", "scaled_linear", "cosine"] = "flow"
@@ -56,9 +60,14 @@ class DiffusionConfig:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     caption_dropout: float = 0.1
+    condition_rate: float = 0.0
+    independent_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
+        for name in ("condition_rate", "independent_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
         if self.logit_std <= 0:
@@ -129,10 +138,45 @@ def diffusion_batch(
 
 
 def draw_sigmas(config: DiffusionConfig, num_frames: int, key: tuple[int | str, ...]) -> Tensor:
-    """Noise levels of a sample's frames of tokens, t/pt, float64."""
-    uniform = torch.tensor(keyed_uniform(*key, "sigma"), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    time = logit_normal(uniform, config.logit_mean, config.logit_std) if config.times == "logit_normal" else uniform
-    return config.schedule.sigma_at(time).expand(num_frames)
+    """Noise levels of a sample's frames of tokens, t/pt, float64; 0 for frames that are given, which images never are."""
+    is_video = num_frames > 1
+    is_independent = is_video and keyed_uniform(*key, "independent") < config.independent_rate
+    is_conditioned = is_video and keyed_uniform(*key, "condition") < config.condition_rate
+    uniform = torch.rand(num_frames if is_independent else 1, generator=keyed_generator(*key, "sigma")).double()
+    time = uniform.clamp(1e-6, 1 - 1e-6)
+    if config.times == "logit_normal":
+        time = logit_normal(time, config.logit_mean, config.logit_std)
+    sigma = config.schedule.sigma_at(time).expand(num_frames)
+    return sigma.masked_fill(draw_given(num_frames, key), 0) if is_conditioned else sigma
+
+
+def draw_given(num_frames: int, key: tuple[int | str, ...]) -> Tensor:
+    """Which frames of a video are given, bool t: some first and some last ones, and at least one is left to make.
+
+    Equally likely are the first frame, first ones, last ones, and, of three frames on, the first and the last one, and
+    first and last ones; of each, so is every length.
+    """
+    generator = keyed_generator(*key, "given")
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    most = num_frames - 1
+    match draw(1, 5 if most > 1 else 3):
+        case 1:
+            num_first, num_last = 1, 0
+        case 2:
+            num_first, num_last = draw(1, most), 0
+        case 3:
+            num_first, num_last = 0, draw(1, most)
+        case 4:
+            num_first, num_last = 1, 1
+        case _:
+            total = draw(2, most)
+            num_first = draw(1, total - 1)
+            num_last = total - num_first
+    place = torch.arange(num_frames)
+    return (place < num_first) | (place >= num_frames - num_last)
 
 
 def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -145,17 +189,18 @@ def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor
 
 
 def loss_weight(level: Level, config: DiffusionConfig) -> Tensor:
-    """Weight of the target's squared error: an error e of the data is one of `factor` e of the target."""
+    """Weight of the target's squared error: an error e of the data is one of `factor` e there; 0 for given data."""
     alpha, sigma = level
     if config.min_snr_gamma is None:
-        return torch.ones_like(sigma)
+        return (sigma > 0).to(sigma)
     factor = {
         "noise": alpha / sigma,
         "data": torch.ones_like(sigma),
         "v": (alpha**2 + sigma**2) / sigma,
         "velocity": (alpha + sigma) / sigma,
     }[config.target]
-    return (alpha / sigma).square().clamp_max(config.min_snr_gamma) / factor.square()
+    weight = (alpha / sigma).square().clamp_max(config.min_snr_gamma) / factor.square()
+    return weight.masked_fill(sigma == 0, 0)
 
 
 def diffusion_loss(model: nn.Module, batch: DiffusionBatch) -> Tensor:
@@ -169,3 +214,26 @@ def token_errors(model: nn.Module, batch: DiffusionBatch) -> Tensor:
     device = next(model.parameters()).device
     prediction = model(batch.packed.to(device))
     return (prediction.float() - batch.target.to(device)).square().mean(dim=1)
+
+
+def loss_by_noise_level(errors: Tensor, sigma: Tensor, num_buckets: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
+    """Errors by noise level, for a log: sum and count of each bucket, which add up over packs and processes.
+
+    Args:
+        errors: of tokens, n; see `token_errors`.
+        sigma: their noise levels, n; tokens of given frames, at 0, are left out.
+        num_buckets: equal parts of (0, 1].
+
+    Returns:
+        by name, such as "sigma_0.2_0.4" for levels above 0.2 up to 0.4: scalars, float64.
+    """
+    if num_buckets < 1:
+        raise ValueError(f"num_buckets={num_buckets}: must be at least 1")
+    bucket = (sigma.to(errors.device) * num_buckets).ceil() - 1  # -1 for given frames
+    return {
+        f"sigma_{place / num_buckets:g}_{(place + 1) / num_buckets:g}": (
+            errors.double()[bucket == place].sum(),
+            (bucket == place).sum().double(),
+        )
+        for place in range(num_buckets)
+    }
