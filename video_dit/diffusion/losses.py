@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from video_dit.diffusion.levels import of_size
 from video_dit.diffusion.schedules import (
     CosineSchedule,
     Level,
@@ -20,7 +21,7 @@ from video_dit.diffusion.schedules import (
 from video_dit.diffusion.targets import Target, check_target, target_of
 from video_dit.packing import PackedBatch, pack
 from video_dit.random import keyed_generator, keyed_normal, keyed_uniform
-from video_dit.shapes import Stride
+from video_dit.shapes import LatentShape, Stride, TokenGrid
 
 BetaScheduleClass = type[LinearBetaSchedule] | type[ScaledLinearSchedule] | type[CosineSchedule]
 BETA_SCHEDULES: dict[str, BetaScheduleClass] = {
@@ -124,7 +125,7 @@ def diffusion_batch(
     noisy, targets, sigmas, given = [], [], [], []
     for sample, text, key in zip(latents, texts, keys, strict=True):
         noise = keyed_normal(sample.shape, *key, "noise")
-        sigma = draw_sigmas(config, sample.shape[1] // patch.t, key)  # t/pt
+        sigma = draw_sigmas(config, LatentShape(*sample.shape[1:]).grid(patch), key)  # t/pt
         level = schedule.level(sigma.repeat_interleave(patch.t)[:, None, None])  # t 1 1
         noisy.append(level.mix(sample, noise))
         targets.append(target_of(sample, noise, config.target, level))
@@ -137,17 +138,17 @@ def diffusion_batch(
     return DiffusionBatch(packed, target, loss_weight(schedule.level(of_token), config).float(), of_token.float())
 
 
-def draw_sigmas(config: DiffusionConfig, num_frames: int, key: tuple[int | str, ...]) -> Tensor:
-    """Noise levels of a sample's frames of tokens, t/pt, float64; 0 for frames that are given, which images never are."""
-    is_video = num_frames > 1
+def draw_sigmas(config: DiffusionConfig, grid: TokenGrid, key: tuple[int | str, ...]) -> Tensor:
+    """Noise levels of a sample's frames of tokens, t/pt, float64; 0 for given ones, which images never are."""
+    is_video = grid.t > 1
     is_independent = is_video and keyed_uniform(*key, "independent") < config.independent_rate
     is_conditioned = is_video and keyed_uniform(*key, "condition") < config.condition_rate
-    uniform = torch.rand(num_frames if is_independent else 1, generator=keyed_generator(*key, "sigma")).double()
+    uniform = torch.rand(grid.t if is_independent else 1, generator=keyed_generator(*key, "sigma")).double()
     time = uniform.clamp(1e-6, 1 - 1e-6)
     if config.times == "logit_normal":
         time = logit_normal(time, config.logit_mean, config.logit_std)
-    sigma = config.schedule.sigma_at(time).expand(num_frames)
-    return sigma.masked_fill(draw_given(num_frames, key), 0) if is_conditioned else sigma
+    sigma = of_size(config.schedule, grid.num_tokens).sigma_at(time).expand(grid.t)
+    return sigma.masked_fill(draw_given(grid.t, key), 0) if is_conditioned else sigma
 
 
 def draw_given(num_frames: int, key: tuple[int | str, ...]) -> Tensor:

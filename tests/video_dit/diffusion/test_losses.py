@@ -18,12 +18,13 @@ from video_dit.diffusion.losses import (
     loss_weight,
     token_errors,
 )
-from video_dit.diffusion.schedules import LinearBetaSchedule
+from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
 from video_dit.diffusion.targets import TARGETS, target_of
 from video_dit.random import keyed_normal, keyed_uniform
-from video_dit.shapes import Stride
+from video_dit.shapes import Stride, TokenGrid
 
 PATCH = Stride(1, 2, 2)
+IMAGE = TokenGrid(1, 1, 1)
 
 
 def test_logit_normal_has_the_moments_it_names():
@@ -123,7 +124,7 @@ def test_min_snr_weighs_the_same_error_of_the_data_alike_for_every_target(target
 
 def test_uniform_times_visit_every_step_of_the_chain_alike():
     config = DiffusionConfig(schedule_name="linear", times="uniform")
-    drawn = torch.stack([draw_sigmas(config, 1, (number,))[0] for number in range(2000)])
+    drawn = torch.stack([draw_sigmas(config, IMAGE, (number,))[0] for number in range(2000)])
     steps = config.schedule.timestep(drawn)
     assert steps.mean().item() == pytest.approx(499.5, abs=3 * 1000 / math.sqrt(12 * 2000))
 
@@ -175,14 +176,14 @@ def test_min_snr_gives_given_data_no_weight():
 
 def test_images_are_never_given_and_have_one_level():
     for key in range(50):
-        sigma = draw_sigmas(DiffusionConfig(condition_rate=1.0, independent_rate=1.0), 1, (key,))
+        sigma = draw_sigmas(DiffusionConfig(condition_rate=1.0, independent_rate=1.0), IMAGE, (key,))
         assert sigma.shape == (1,)
         assert sigma > 0
 
 
 def test_levels_of_frames_are_independent_as_often_as_asked():
     config = DiffusionConfig(independent_rate=0.5, times="uniform")
-    drawn = torch.stack([draw_sigmas(config, 4, (number,)) for number in range(1000)])
+    drawn = torch.stack([draw_sigmas(config, TokenGrid(4, 1, 1), (number,)) for number in range(1000)])
     independent = (drawn[:, 1:] != drawn[:, :1]).all(dim=1)
     assert torch.equal(independent, (drawn[:, 1:] != drawn[:, :1]).any(dim=1))
     assert independent.double().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -194,7 +195,14 @@ def test_levels_of_frames_are_independent_as_often_as_asked():
 def test_without_rates_every_sample_has_the_level_it_always_had():
     config = DiffusionConfig(times="uniform")
     for number in range(20):
-        assert draw_sigmas(config, 3, (number,)).tolist() == [keyed_uniform(number, "sigma")] * 3
+        assert draw_sigmas(config, TokenGrid(3, 1, 1), (number,)).tolist() == [keyed_uniform(number, "sigma")] * 3
+
+
+def test_large_videos_are_trained_at_the_noise_levels_they_are_sampled_at():
+    config = DiffusionConfig(times="uniform", shift=3.0, base_tokens=4)
+    for size, shift in ((2, 3.0), (4, 6.0)):
+        sigma = draw_sigmas(config, TokenGrid(1, size, size), (0,))
+        assert sigma == RectifiedFlow(shift=shift).sigma_at(torch.tensor(keyed_uniform(0, "sigma")).double())
 
 
 def test_errors_by_noise_level_add_up_without_given_frames():
