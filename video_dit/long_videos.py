@@ -48,7 +48,7 @@ def long_videos(
         ValueError: a request the model cannot make, or wrong frames.
     """
     stride = generator.stride.t
-    _check_frames(window_frames, overlap_frames, stride)
+    check_windows(window_frames, overlap_frames, stride)
     for request in requests:
         generator.check(request)
     made = [request.sampled(stride) for request in requests]
@@ -120,7 +120,8 @@ def _count_on(on_step: OnStep | None, number: int, rounds: int) -> OnStep | None
     return lambda done, total: on_step(number * total + done, rounds * total)
 
 
-def _check_frames(window_frames: int, overlap_frames: int, stride: int) -> None:
+def check_windows(window_frames: int, overlap_frames: int, stride: int) -> None:
+    """Raise ValueError, naming field, value and fix, for windows that do not suit a model's temporal stride."""
     for name, value in (("window_frames", window_frames), ("overlap_frames", overlap_frames)):
         if value < 1 or (value - 1) % stride:
             low = max(0, value - 1) // stride * stride + 1
