@@ -11,11 +11,12 @@ from pipeline.curate import CurateConfig, curate
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
+from pipeline.given import GivenConfig
 from pipeline.toy import ToyConfig, make_toy_clips
 from pipeline.train import Model, WorkersConfig, model_folder, open_model
 from pipeline.train_vae import TrainVaeConfig, train_vae
 from pipeline.train_video import TrainVideoConfig, train_video
-from video_dit.generator import GenerationRequest
+from video_dit.generator import GenerationRequest, read_limits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class SampleConfig:
 
     Attributes:
         prompts: what to show; without any, held-out toy scenes, or captions of the source's own clips.
-        num_frames, height_px, width_px: of the given prompts.
+        num_frames, height_px, width_px: of the prompts' videos, given frames included; `generate.window_frames` makes
+            long ones.
+        given: images and videos that the prompts' videos are made from.
         num: how many, when no prompts are given.
         generate: steps, guidance and batches.
     """
@@ -33,8 +36,13 @@ class SampleConfig:
     num_frames: int = 17
     height_px: int = 64
     width_px: int = 64
+    given: GivenConfig = dataclasses.field(default_factory=GivenConfig)
     num: int = 12
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+
+    def __post_init__(self) -> None:
+        if self.given.files and not self.prompts:
+            raise ValueError(f"prompts=(): {', '.join(self.given.files)} given, must say what their videos show")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +105,7 @@ class Chain:
 
     def samples(self, model: Model | None = None) -> store.Manifest:
         """Videos and a contact sheet of a model."""
+        self.recipe.sample.given.check_files()
         made_by = model or self.model()
         config = self.recipe.sample.generate
         return self._hop("sample", lambda: sample_video(config, self._requests(made_by), made_by, self.storage))
@@ -122,7 +131,8 @@ class Chain:
         config = self.recipe.sample
         size = (config.num_frames, config.height_px, config.width_px)
         if config.prompts:
-            return [config.generate.request(n, prompt, *size) for n, prompt in enumerate(config.prompts)]
+            requests = [config.generate.request(n, prompt, *size) for n, prompt in enumerate(config.prompts)]
+            return config.given.put_into(requests, read_limits(model.uri))
         if self.source is None:
             return toy_requests(config.generate, config.num, self.recipe.evaluate.seed)
         clips = self.clips().read("clips").slice(0, config.num).to_pylist()

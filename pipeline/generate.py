@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from torch import Tensor
 
 from pipeline import media, store
+from pipeline.request_files import from_json, to_json
 from pipeline.train import Model
-from video_dit.generator import GenerationRequest, Generator, read_limits
+from video_dit.generator import GenerationRequest, Generator, Limits, read_limits
+from video_dit.long_videos import check_windows, long_videos
 
 Judge = Callable[[media.Frames, GenerationRequest], dict[str, bool]]
 
@@ -27,6 +30,10 @@ class GenerateConfig:
         num_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is none.
         seed: of the first video; the next ones count up.
+        sampler: "euler", "heun", "dpmpp_2m", "unipc", "ddim" or "ddpm".
+        window_frames: most frames that are made at once; longer videos are made in windows that go on from each other.
+            None makes every video whole.
+        overlap_frames: frames that a window goes on from.
         requests_per_batch: videos in one packed forward pass.
         num_actors: processes with a copy of the model; None is one a CPU, or one a GPU.
         gpus_per_actor: 0 runs on the CPU.
@@ -35,6 +42,9 @@ class GenerateConfig:
     num_steps: int = 20
     guidance_scale: float = 4.0
     seed: int = 0
+    sampler: str = "euler"
+    window_frames: int | None = None
+    overlap_frames: int = 9
     requests_per_batch: int = 16
     num_actors: int | None = None
     gpus_per_actor: float = 0
@@ -53,7 +63,15 @@ class GenerateConfig:
             num_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed + number,
+            sampler=self.sampler,
         )
+
+    def check(self, requests: Sequence[GenerationRequest], limits: Limits) -> None:
+        """Raise ValueError, naming field, value and fix, for what the model cannot make."""
+        if self.window_frames is not None:
+            check_windows(self.window_frames, self.overlap_frames, limits.stride.t)
+        for request in requests:
+            limits.check(request)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +91,8 @@ def sample_video(
 ) -> store.Manifest:
     """Make videos; publishes `videos/NNN.mp4` with a JSON file of settings beside each, and `contact_sheet.png`.
 
+    Frames that requests give are kept in `frames/`, named by their content.
+
     Args:
         config: resources and batches.
         requests: prompts and sizes.
@@ -82,7 +102,8 @@ def sample_video(
     Raises:
         ValueError: a request that the model cannot make.
     """
-    identity = {"requests": [dataclasses.asdict(request) for request in requests], "model": model.uri}
+    windows = {"window_frames": config.window_frames, "overlap_frames": config.overlap_frames}
+    identity = {"requests": [to_json(request)[0] for request in requests], "model": model.uri, **windows}
 
     def produce(folder: str) -> store.Produced:
         start_s = time.monotonic()
@@ -104,11 +125,9 @@ def generate(
     judge: Judge | None = None,
 ) -> list[GeneratedVideo]:
     """Make videos on the cluster, files below `folder`/videos, in the order of the requests."""
-    limits = read_limits(model_uri)
-    for request in requests:
-        limits.check(request)
+    config.check(requests, read_limits(model_uri))
     in_order = sorted(range(len(requests)), key=lambda n: requests[n].shape)  # equal shapes share attention batches
-    rows = [{"number": n, "request": json.dumps(dataclasses.asdict(requests[n]))} for n in in_order]
+    rows = [{"number": n, "request": json.dumps(_write_frames(requests[n], folder))} for n in in_order]
     resources = ray.cluster_resources()
     num_gpus = resources.get("GPU", 0) / config.gpus_per_actor if config.gpus_per_actor else 0
     num_batches = -(-len(rows) // config.requests_per_batch)
@@ -119,7 +138,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, num_batches)),
         num_cpus=1,
         num_gpus=config.gpus_per_actor or None,
-        fn_constructor_args=(model_uri, folder, judge),
+        fn_constructor_args=(config, model_uri, folder, judge),
     )
     made = {row["number"]: row for row in results.take_all()}
     assert len(made) == len(requests), f"{len(requests)} requests, {len(made)} videos"
@@ -129,31 +148,49 @@ def generate(
     ]
 
 
+def _write_frames(request: GenerationRequest, folder: str) -> dict[str, Any]:
+    """The request's fields; the files they name are in the folder."""
+    fields, files = to_json(request)
+    for name, data in files.items():
+        if not store.exists(store.join(folder, name)):
+            store.write_bytes(store.join(folder, name), data)
+    return fields
+
+
 class GenerateBatch:
     """Makes and writes the videos of a batch of rows; one copy of the model a process."""
 
-    def __init__(self, model_uri: str, folder: str, judge: Judge | None) -> None:
+    def __init__(self, config: GenerateConfig, model_uri: str, folder: str, judge: Judge | None) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.generator = Generator.from_pretrained(model_uri, device)
-        self.folder, self.judge = folder, judge
+        self.config, self.folder, self.judge = config, folder, judge
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """number, request -> number, file, verdict."""
-        requests = [GenerationRequest(**json.loads(request)) for request in batch["request"]]
-        videos = [video.numpy() for video in self.generator(requests)]
+        fields = [json.loads(request) for request in batch["request"]]
+        requests = [from_json(values, self._read) for values in fields]
+        videos = [video.numpy() for video in self._make(requests)]
         files, verdicts = [], []
-        for number, request, video_u8 in zip(batch["number"], requests, videos, strict=True):
-            files.append(self._write(int(number), request, video_u8))
+        for number, values, request, video_u8 in zip(batch["number"], fields, requests, videos, strict=True):
+            files.append(self._write(int(number), values, video_u8))
             verdicts.append(json.dumps(self.judge(video_u8, request) if self.judge else {}))
         return {"number": batch["number"].tolist(), "file": files, "verdict": verdicts}
 
-    def _write(self, number: int, request: GenerationRequest, video_u8: media.Frames) -> str:
+    def _make(self, requests: Sequence[GenerationRequest]) -> list[Tensor]:
+        if self.config.window_frames is None:
+            return self.generator(requests)
+        return long_videos(self.generator, requests, self.config.window_frames, self.config.overlap_frames)
+
+    def _read(self, name: str) -> bytes:
+        return store.read_bytes(store.join(self.folder, name))
+
+    def _write(self, number: int, fields: dict[str, Any], video_u8: media.Frames) -> str:
         stem = f"videos/{number:03d}"
         is_image = len(video_u8) == 1
         data = media.encode_png(video_u8[0]) if is_image else media.encode_mp4(video_u8, self.generator.fps)
         file = f"{stem}.{'png' if is_image else 'mp4'}"
         store.write_bytes(store.join(self.folder, file), data)
-        store.write_json(store.join(self.folder, f"{stem}.json"), dataclasses.asdict(request))
+        store.write_json(store.join(self.folder, f"{stem}.json"), fields)
         return file
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pipeline import store
 from video_dit import weights
-from video_dit.generator import read_limits, save_pipeline_parts
+from video_dit.diffusion.schedules import RectifiedFlow
+from video_dit.generator import SamplingConfig, read_limits, save_pipeline_parts
 from video_dit.key_tables import DIFFUSERS_DIT, ORIGINAL_DIT, match_published
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.published import default_config, recognize
@@ -127,7 +128,8 @@ def import_weights(config: ImportConfig) -> list[Imported]:
         ]
         written = [_write(plan, config.out, dtype) for plan in plans]
     models = [part for part in ("transformer", "vae") if _has(config.out, part)]
-    save_pipeline_parts(config.out, text, config.shift, config.fps, models)
+    sampling = SamplingConfig(schedule=RectifiedFlow(shift=config.shift), fps=config.fps)
+    save_pipeline_parts(config.out, text, sampling, models)
     return written
 
 

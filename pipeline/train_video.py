@@ -14,7 +14,7 @@ from pipeline.plan import Pack, PlanConfig
 from pipeline.train import WorkersConfig, train
 from video_dit import weights
 from video_dit.diffusion.losses import DiffusionBatch, DiffusionConfig, diffusion_batch, diffusion_loss
-from video_dit.generator import GenerationRequest, Generator, save_pipeline_parts
+from video_dit.generator import GenerationRequest, Generator, SamplingConfig, save_pipeline_parts
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import load_text_encoder
 from video_dit.training import OptimizerConfig
@@ -151,7 +151,9 @@ class VideoTrainee:
             shell = VideoDiT(self.task.dit)
         weights.save_model(shell, folder, "transformer", state=averaged)
         VideoVAE.from_pretrained(self.encoder_folder).save_pretrained(folder)
-        save_pipeline_parts(folder, self.text, shift=self.task.diffusion.shift, fps=self.data.fps)
+        diffusion = self.task.diffusion
+        sampling = SamplingConfig(schedule=diffusion.schedule, target=diffusion.target, fps=self.data.fps)
+        save_pipeline_parts(folder, self.text, sampling)
         num_parameters = sum(value.numel() for value in averaged.values())
         return {"num_parameters": num_parameters, "num_samples": len(self.data)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 
@@ -11,72 +10,31 @@ from einops import rearrange
 from torch import Tensor
 
 from video_dit import weights
-from video_dit.diffusion.guidance import classifier_free
+from video_dit.denoiser import GuidedDenoiser
+from video_dit.diffusion.levels import of_size, sigmas_from
 from video_dit.diffusion.sampling import sample
-from video_dit.diffusion.schedules import RectifiedFlow
+from video_dit.given_frames import encode_frames, given_latents, hold_clean, put_back
 from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.packing import PackedBatch, concatenate, pack
+from video_dit.packing import PackedBatch, pack, patchify
 from video_dit.random import keyed_normal
-from video_dit.shapes import Stride, VideoShape
+from video_dit.requests import GenerationRequest, Limits
+from video_dit.scheduler_files import SamplingConfig, read_scheduler, write_scheduler
+from video_dit.shapes import Stride
 from video_dit.text import TextEncoder, load_text_encoder
 from video_dit.vae import VideoVAE, VideoVAEConfig, split_latents
 
+__all__ = [
+    "GenerationRequest",
+    "Generator",
+    "Limits",
+    "SamplingConfig",
+    "read_limits",
+    "save_pipeline_parts",
+    "video_to_u8",
+]
+
 OnStep = Callable[[int, int], None]
-
-
 DECODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One video to make.
-
-    Attributes:
-        prompt: what it shows.
-        height_px, width_px: sides, multiples of the model's stride.
-        num_frames: 1 (an image) or 1 + a multiple of the model's temporal stride.
-        num_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 is none.
-        negative_prompt: what guidance leads away from; empty is the unconditional model.
-        seed: the same request with the same seed gives the same video.
-    """
-
-    prompt: str
-    height_px: int
-    width_px: int
-    num_frames: int
-    num_steps: int = 20
-    guidance_scale: float = 4.0
-    negative_prompt: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps}: must be at least 1")
-        if not 0 <= self.guidance_scale <= 100:
-            raise ValueError(f"guidance_scale={self.guidance_scale}: must be between 0 and 100; 1 is no guidance")
-
-    @property
-    def shape(self) -> VideoShape:
-        """The video in pixels."""
-        return VideoShape(self.num_frames, self.height_px, self.width_px)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a model can make.
-
-    Attributes:
-        stride: frames, rows and columns that one token covers: sides are multiples, frames 1 + a multiple.
-        fps: frames per second of the clips it was trained on.
-    """
-
-    stride: Stride
-    fps: float
-
-    def check(self, request: GenerationRequest) -> None:
-        """Raise ValueError, naming field, value and fix, if the model cannot make this."""
-        request.shape.latent(self.stride)
 
 
 def read_limits(url: str) -> Limits:
@@ -88,7 +46,7 @@ def read_limits(url: str) -> Limits:
     _check_one_transformer(url)
     dit: VideoDiTConfig = weights.read_config(VideoDiTConfig, url, "transformer")
     vae: VideoVAEConfig = weights.read_config(VideoVAEConfig, url, "vae")
-    return _limits(dit, vae, _read_sampling(url)["fps"])
+    return _limits(dit, vae, read_scheduler(url).fps)
 
 
 def _check_one_transformer(url: str) -> None:
@@ -111,18 +69,12 @@ def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
     )
 
 
-def _read_sampling(url: str) -> dict[str, float]:
-    values = json.loads(weights.read_bytes(url, "scheduler", "scheduler_config.json"))
-    shift = values.get("shift", values.get("flow_shift", 1.0))  # diffusers' Euler and UniPC schedulers
-    return {"shift": float(shift), "fps": float(values.get("fps", 16.0))}
-
-
 class Generator:
     """A model folder, ready to make videos of any supported sizes in one packed batch."""
 
-    def __init__(self, dit: VideoDiT, vae: VideoVAE, text: TextEncoder, schedule: RectifiedFlow, fps: float) -> None:
-        self.dit, self.vae, self.text, self.schedule = dit.eval(), vae.eval(), text, schedule
-        self.limits = _limits(dit.config, vae.config, fps)
+    def __init__(self, dit: VideoDiT, vae: VideoVAE, text: TextEncoder, sampling: SamplingConfig) -> None:
+        self.dit, self.vae, self.text, self.sampling = dit.eval(), vae.eval(), text, sampling
+        self.limits = _limits(dit.config, vae.config, sampling.fps)
 
     @classmethod
     def from_pretrained(cls, url: str, device: str | torch.device = "cpu") -> Generator:
@@ -132,11 +84,10 @@ class Generator:
             ValueError: a model that cannot be sampled from yet.
         """
         _check_one_transformer(url)
-        sampling = _read_sampling(url)
+        sampling = read_scheduler(url)
         dit = VideoDiT.from_pretrained(url).to(device)
         vae = VideoVAE.from_pretrained(url).to(device)
-        text = load_text_encoder(url, device=device)
-        return cls(dit, vae, text, RectifiedFlow(shift=sampling["shift"]), sampling["fps"])
+        return cls(dit, vae, load_text_encoder(url, device=device), sampling)
 
     @property
     def fps(self) -> float:
@@ -157,60 +108,87 @@ class Generator:
         """Make the videos, all in one packed batch.
 
         Args:
-            requests: sizes and prompts may differ; num_steps may not.
+            requests: anything may differ but num_steps and sampler.
             on_step: called with (done, total) after each denoising step; what it raises cancels the call.
 
         Returns:
-            uint8 t h w 3 RGB on the CPU, one a request.
+            uint8 t h w 3 RGB on the CPU, one a request; frames that it gave are in it, exactly.
 
         Raises:
-            ValueError: a request the model cannot make, or requests of different num_steps.
+            ValueError: a request the model cannot make, or requests of different num_steps or samplers.
         """
         for request in requests:
             self.check(request)
-        if len({request.num_steps for request in requests}) != 1:
-            raise ValueError("requests of one batch need the same num_steps")
-        packed = self._pack(requests)
-        negative = self.text([request.negative_prompt for request in requests])
-        denoise = _GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
-        tokens = sample(
-            denoise, packed.tokens, schedule=self.schedule, num_steps=requests[0].num_steps, on_step=on_step
-        )
-        return [self._decode(latents) for latents in packed.unpack(tokens)]
-
-    def _pack(self, requests: Sequence[GenerationRequest]) -> PackedBatch:
-        device = next(self.dit.parameters()).device
-        channels = self.dit.config.in_channels
-        noise = [
-            keyed_normal((channels, *request.shape.latent(self.vae.config.stride)), "generate", request.seed)
-            for request in requests
+        for name in ("num_steps", "sampler"):
+            if len({getattr(request, name) for request in requests}) != 1:
+                raise ValueError(f"requests of one batch need the same {name}")
+        latents = self._sample([request.sampled(self.stride.t) for request in requests], on_step)
+        return [
+            put_back(self._decode(sample)[: request.num_frames], request.conditions)
+            for sample, request in zip(latents, requests, strict=True)
         ]
+
+    def _sample(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> list[Tensor]:
+        """Latents c t h w of each request."""
+        sigmas = [self._sigmas(request) for request in requests]  # levels
+        starts = [self._start(request, levels[0]) for request, levels in zip(requests, sigmas, strict=True)]
         texts = self.text([request.prompt for request in requests])
-        return pack(noise, [1000.0] * len(noise), texts, self.dit.config.patch).to(device)
+        packed = pack(starts, [1000.0] * len(starts), texts, self.dit.config.patch).to(self._device)
+        negative = self.text([request.negative_prompt for request in requests])
+        denoise = GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        given = [given_latents(self.vae, request) for request in requests]
+        clean = _to_tokens(packed, [latents for latents, _ in given])  # n (c pt ph pw)
+        mask = _to_tokens(packed, [mask for _, mask in given]).all(dim=1, keepdim=True)  # n 1
+        tokens = sample(
+            hold_clean(denoise, mask, clean),
+            packed.tokens,
+            schedule=self.sampling.schedule,
+            target=self.sampling.target,
+            sampler=requests[0].sampler,
+            sigmas=_repeat_for_tokens(packed, sigmas),
+            draw_noise=lambda step: _to_tokens(packed, [self._noise(request, step) for request in requests]),
+            on_step=on_step,
+        )
+        return packed.unpack(torch.where(mask, clean, tokens))
+
+    def _sigmas(self, request: GenerationRequest) -> Tensor:
+        """The noise levels that a request's video goes through, num_steps + 1, float64."""
+        num_tokens = request.shape.latent(self.vae.config.stride).grid(self.dit.config.patch).num_tokens
+        schedule = of_size(self.sampling.schedule, num_tokens)
+        if request.edit is None:
+            return schedule.sigmas(request.num_steps)
+        return sigmas_from(schedule, request.edit.sigma, request.num_steps)
+
+    def _start(self, request: GenerationRequest, sigma: Tensor) -> Tensor:
+        """What sampling starts from, c t h w: noise, or the video to edit with noise in it."""
+        noise = self._noise(request)
+        if request.edit is None:
+            return noise
+        return self.sampling.schedule.mix(encode_frames(self.vae, request.edit.frames), noise, sigma)
+
+    def _noise(self, request: GenerationRequest, *step: int) -> Tensor:
+        """c t h w; the same for a seed and a step, whatever else is made."""
+        shape = (self.dit.config.in_channels, *request.shape.latent(self.vae.config.stride))
+        return keyed_normal(shape, "generate", request.seed, *step).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.dit.parameters()).device
 
     def _decode(self, latents: Tensor) -> Tensor:
         chunks = split_latents(latents[None], self.vae.config.stride, DECODED_PIXELS)
         return torch.cat([video_to_u8(video[0]) for video in self.vae.decode_stream(chunks)])  # t h w 3
 
 
-class _GuidedDenoiser:
-    """The model under classifier-free guidance: both halves in one packed forward, a scale for each sample."""
+def _to_tokens(packed: PackedBatch, samples: Sequence[Tensor]) -> Tensor:
+    """c t h w of each sample, in the order of the list given to `pack`, to n (c pt ph pw)."""
+    return torch.cat([patchify(samples[place], packed.patch) for place in packed.order])
 
-    def __init__(self, dit: VideoDiT, packed: PackedBatch, negative: Sequence[Tensor], scales: Sequence[float]) -> None:
-        self.dit = dit
-        self.guided = any(scale != 1 for scale in scales)
-        self.packed = concatenate(packed, packed.with_texts(negative)) if self.guided else packed
-        lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
-        in_order = torch.tensor([scales[place] for place in packed.order])
-        self.scale = in_order.repeat_interleave(lengths)[:, None].to(packed.tokens.device)  # n 1
 
-    def __call__(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        timesteps = torch.full_like(self.packed.timesteps, float(timestep))
-        if not self.guided:
-            return self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps))
-        both = self.packed.replace(tokens=torch.cat([tokens, tokens]), timesteps=timesteps)
-        conditional, unconditional = self.dit(both).chunk(2)
-        return classifier_free(conditional, unconditional, self.scale)
+def _repeat_for_tokens(packed: PackedBatch, levels: Sequence[Tensor]) -> Tensor:
+    """The noise levels of each sample, in the order of the list given to `pack`, for each of its tokens: levels n 1."""
+    lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
+    return torch.stack([levels[place] for place in packed.order], dim=1).repeat_interleave(lengths, dim=1)[..., None]
 
 
 def video_to_u8(video: Tensor) -> Tensor:
@@ -220,32 +198,24 @@ def video_to_u8(video: Tensor) -> Tensor:
 
 
 def save_pipeline_parts(
-    url: str, text: TextEncoder | None, shift: float, fps: float, models: Sequence[str] = ("transformer", "vae")
+    url: str, text: TextEncoder | None, sampling: SamplingConfig, models: Sequence[str] = ("transformer", "vae")
 ) -> None:
     """Write what a model folder holds beside `transformer/` and `vae/`.
 
     Args:
         url: the model folder.
         text: the text encoder the transformer was trained with; None where it comes later.
-        shift: of the sampling schedule.
-        fps: frames per second of the training clips.
+        sampling: schedule and target of the training, frames per second of its clips.
         models: which of the two are there.
     """
     if text is not None:
         text.save_pretrained(url)
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": shift,
-        "fps": fps,
-    }
-    weights.write_bytes((json.dumps(scheduler, indent=2) + "\n").encode(), url, "scheduler", "scheduler_config.json")
     classes = {"transformer": VideoDiT.published_class, "vae": VideoVAE.published_class}
     weights.save_index(
         url,
         [
             *((name, "diffusers", classes[name]) for name in models),
             *(() if text is None else text.index_rows),
-            ("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler"),
+            ("scheduler", "diffusers", write_scheduler(url, sampling)),
         ],
     )

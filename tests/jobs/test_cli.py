@@ -27,6 +27,17 @@ def test_overrides_reach_every_depth():
     assert options.source == "clips"
 
 
+def test_images_and_videos_are_given_by_flags_and_need_a_prompt(capsys):
+    prompt = ["--sample.prompts", "a red circle", "--sample.num-frames", "33"]
+    given = ["--sample.given.begin", "a.png", "--sample.given.end", "b.png", "--sample.generate.window-frames", "17"]
+    sample = cli.parse([*prompt, *given], "").recipe.sample
+    assert (sample.given.files, sample.num_frames) == ({"begin": "a.png", "end": "b.png"}, 33)
+    assert sample.generate.window_frames == 17
+    with pytest.raises(SystemExit):
+        cli.parse(given, "")
+    assert "begin, end given, must say" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_unknown_names_are_errors(capsys):
     with pytest.raises(SystemExit, match="unknown recipe 'tiny'; known: smoke_cpu, toy_cpu"):
         cli.parse(["tiny"], "")

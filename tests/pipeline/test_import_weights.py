@@ -125,7 +125,7 @@ def test_parts_come_one_after_the_other_and_make_a_folder_that_samples(tmp_path)
     import_weights(ImportConfig(vae=str(tmp_path / "vae"), out=out, shift=3.0, fps=24.0))
     assert next_step(out).startswith(f"python jobs/sample_video.py --model {out} ")
     generator = Generator.from_pretrained(out)
-    assert (generator.schedule.shift, generator.fps, generator.text.dim) == (3.0, 24.0, 24)
+    assert (generator.sampling.schedule.shift, generator.fps, generator.text.dim) == (3.0, 24.0, 24)
     index = json.loads((Path(out) / "model_index.json").read_text())
     assert set(index) == {"_class_name", "transformer", "vae", "text_encoder", "scheduler"}
     with pytest.raises(ValueError, match="lies where it would be written"):

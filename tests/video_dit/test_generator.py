@@ -1,71 +1,19 @@
 """The generator: the same video whatever else is in the batch, progress, cancelling and clear errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from random_pipeline import noise_u8, request, save_random_pipeline
 
-from video_dit.diffusion.schedules import RectifiedFlow
-from video_dit.generator import GenerationRequest, Generator, read_limits, save_pipeline_parts, video_to_u8
-from video_dit.model import VideoDiT, VideoDiTConfig
-from video_dit.text import HashedWordConfig, HashedWordEncoder
-from video_dit.vae import VideoVAE, VideoVAEConfig
-
-
-def save_random_pipeline(folder, fps=8.0):
-    """A whole model folder with random weights, a few thousand of them."""
-    torch.manual_seed(0)
-    text = HashedWordEncoder(HashedWordConfig(dim=24, position_dim=8))
-    vae = VideoVAE(
-        VideoVAEConfig(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=(1, 2, 2),
-            num_res_blocks=1,
-            temperal_downsample=(True, True),
-            is_residual=True,
-            in_channels=12,
-            out_channels=12,
-            patch_size=2,
-            latents_mean=(0.0,) * 4,
-            latents_std=(1.0,) * 4,
-            scale_factor_temporal=4,
-            scale_factor_spatial=8,
-        )
-    )
-    dit = VideoDiT(
-        VideoDiTConfig(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=24,
-            freq_dim=16,
-            ffn_dim=48,
-            num_layers=2,
-        )
-    )
-    torch.nn.init.normal_(dit.head.out.weight, std=0.5)
-    vae.save_pretrained(str(folder))
-    dit.save_pretrained(str(folder))
-    save_pipeline_parts(str(folder), text, shift=1.0, fps=fps)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_random_pipeline(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def generator(folder):
-    return Generator.from_pretrained(folder)
-
-
-def request(seed=0, **changes):
-    fields = {"prompt": "a red circle", "height_px": 32, "width_px": 48, "num_frames": 5, "num_steps": 3}
-    return GenerationRequest(**{**fields, "seed": seed, **changes})
+from video_dit import conditions
+from video_dit.diffusion.samplers import SAMPLERS
+from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
+from video_dit.generator import Generator, read_limits, video_to_u8
+from video_dit.given_frames import encode_frames
+from video_dit.random import keyed_normal
+from video_dit.requests import Edit
 
 
 def test_a_video_does_not_depend_on_its_batch(generator):
@@ -124,15 +72,16 @@ def test_rounding_to_bytes():
 def test_the_schedule_is_the_folders(tmp_path):
     save_random_pipeline(tmp_path, fps=24.0)
     generator = Generator.from_pretrained(str(tmp_path))
-    assert generator.schedule == RectifiedFlow(shift=1.0)
+    assert generator.sampling.schedule == RectifiedFlow(shift=1.0)
     assert generator.fps == 24.0
 
 
 def test_a_published_scheduler_tells_its_shift(tmp_path):
     save_random_pipeline(tmp_path)
-    published = {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "flow_shift": 3.0}
+    published = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    published["prediction_type"] = "flow_prediction"
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(published))
-    assert Generator.from_pretrained(str(tmp_path)).schedule == RectifiedFlow(shift=3.0)
+    assert Generator.from_pretrained(str(tmp_path)).sampling.schedule == RectifiedFlow(shift=3.0)
 
 
 def test_a_transformer_that_wants_images_is_refused_before_any_work(tmp_path):
@@ -141,3 +90,52 @@ def test_a_transformer_that_wants_images_is_refused_before_any_work(tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 36}))
     with pytest.raises(ValueError, match="in_channels=36, image_dim=None: must be the VAE's z_dim=4 and None"):
         read_limits(str(tmp_path))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_gives_the_same_video_in_any_batch(generator, sampler):
+    """Random ones too: their noise is keyed by seed and step."""
+    wanted = request(seed=4, sampler=sampler)
+    (alone,) = generator([wanted])
+    together = generator([request(seed=5, num_frames=1, height_px=64, sampler=sampler), wanted])
+    assert torch.equal(together[1], alone)
+    if sampler == "ddpm":
+        assert not torch.equal(generator([replace(wanted, sampler="ddim")])[0], alone)
+
+
+def test_each_video_has_the_noise_levels_of_its_size(tmp_path):
+    """A schedule of 6 tokens' shift: a video of twice as many is sampled as by one with that shift for all."""
+    save_random_pipeline(tmp_path / "by_size", schedule=RectifiedFlow(shift=3.0, base_tokens=6))
+    save_random_pipeline(tmp_path / "fixed", schedule=RectifiedFlow(shift=3.0 * 2**0.5))
+    by_size, fixed = (Generator.from_pretrained(str(tmp_path / name)) for name in ("by_size", "fixed"))
+    video, image = request(), request(num_frames=1)  # 12 and 6 tokens
+    both = by_size([image, video])
+    assert torch.equal(both[1], fixed([video])[0])
+    assert not torch.equal(both[0], fixed([image])[0])
+    assert by_size._sigmas(image).tolist() == RectifiedFlow(shift=3.0).sigmas(3).tolist()
+
+
+@pytest.mark.parametrize("target", ["noise", "v"])
+def test_models_of_other_targets_are_sampled_by_their_own_schedule(tmp_path, target):
+    save_random_pipeline(tmp_path, schedule=LinearBetaSchedule(), target=target)
+    generator = Generator.from_pretrained(str(tmp_path))
+    assert generator.sampling.schedule == LinearBetaSchedule()
+    assert generator.sampling.target == target
+    (video,) = generator([request(sampler="ddim")])
+    generator.sampling = replace(generator.sampling, target="data")
+    assert not torch.equal(generator([request(sampler="ddim")])[0], video)
+
+
+def test_editing_starts_from_the_video_with_that_much_noise(generator):
+    frames = noise_u8(5)
+    asked = conditions.edit(frames, sigma=0.5, prompt="a red circle", num_steps=3, seed=4)
+    latents = encode_frames(generator.vae, frames)
+    noise = keyed_normal(latents.shape, "generate", 4)
+    assert generator._sigmas(asked).tolist() == pytest.approx([0.5, 1 / 3, 1 / 6, 0])
+    torch.testing.assert_close(generator._start(asked, torch.tensor(0.5)), (latents + noise) / 2)
+    (much,), (little,) = (generator([replace(asked, edit=Edit(frames=frames, sigma=s))]) for s in (1.0, 1e-3))
+    assert torch.equal(much, generator([replace(asked, edit=None)])[0])  # nothing is kept
+    decoded = video_to_u8(generator.vae.decode(latents[None])[0])
+    assert (little.int() - decoded.int()).abs().float().mean() < 1  # nothing changes
+    (alone,) = generator([asked])
+    assert torch.equal(generator([request(), asked])[1], alone)

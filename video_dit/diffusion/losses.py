@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from video_dit.diffusion.levels import of_size
 from video_dit.diffusion.schedules import (
     CosineSchedule,
     Level,
@@ -19,8 +20,8 @@ from video_dit.diffusion.schedules import (
 )
 from video_dit.diffusion.targets import Target, check_target, target_of
 from video_dit.packing import PackedBatch, pack
-from video_dit.random import keyed_normal, keyed_uniform
-from video_dit.shapes import Stride
+from video_dit.random import keyed_generator, keyed_normal, keyed_uniform
+from video_dit.shapes import LatentShape, Stride, TokenGrid
 
 BetaScheduleClass = type[LinearBetaSchedule] | type[ScaledLinearSchedule] | type[CosineSchedule]
 BETA_SCHEDULES: dict[str, BetaScheduleClass] = {
@@ -44,6 +45,10 @@ class DiffusionConfig:
         min_snr_gamma: weights the squared error of the data by min(SNR, gamma) (arXiv 2303.09556), whatever the target;
             None weights that of the target by 1.
         caption_dropout: share of samples trained without their caption, for classifier-free guidance.
+        condition_rate: share of videos with some of their frames given clean, as generation from images and videos has
+            them; see `draw_given`.
+        independent_rate: share of videos whose frames have noise levels independent of each other (diffusion forcing,
+            arXiv 2407.01392).
     """
 
     schedule_name: Literal["flow", "linear", "scaled_linear", "cosine"] = "flow"
@@ -56,9 +61,14 @@ class DiffusionConfig:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     caption_dropout: float = 0.1
+    condition_rate: float = 0.0
+    independent_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
+        for name in ("condition_rate", "independent_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
         if self.logit_std <= 0:
@@ -115,7 +125,7 @@ def diffusion_batch(
     noisy, targets, sigmas, given = [], [], [], []
     for sample, text, key in zip(latents, texts, keys, strict=True):
         noise = keyed_normal(sample.shape, *key, "noise")
-        sigma = draw_sigmas(config, sample.shape[1] // patch.t, key)  # t/pt
+        sigma = draw_sigmas(config, LatentShape(*sample.shape[1:]).grid(patch), key)  # t/pt
         level = schedule.level(sigma.repeat_interleave(patch.t)[:, None, None])  # t 1 1
         noisy.append(level.mix(sample, noise))
         targets.append(target_of(sample, noise, config.target, level))
@@ -128,11 +138,46 @@ def diffusion_batch(
     return DiffusionBatch(packed, target, loss_weight(schedule.level(of_token), config).float(), of_token.float())
 
 
-def draw_sigmas(config: DiffusionConfig, num_frames: int, key: tuple[int | str, ...]) -> Tensor:
-    """Noise levels of a sample's frames of tokens, t/pt, float64."""
-    uniform = torch.tensor(keyed_uniform(*key, "sigma"), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    time = logit_normal(uniform, config.logit_mean, config.logit_std) if config.times == "logit_normal" else uniform
-    return config.schedule.sigma_at(time).expand(num_frames)
+def draw_sigmas(config: DiffusionConfig, grid: TokenGrid, key: tuple[int | str, ...]) -> Tensor:
+    """Noise levels of a sample's frames of tokens, t/pt, float64; 0 for given ones, which images never are."""
+    is_video = grid.t > 1
+    is_independent = is_video and keyed_uniform(*key, "independent") < config.independent_rate
+    is_conditioned = is_video and keyed_uniform(*key, "condition") < config.condition_rate
+    uniform = torch.rand(grid.t if is_independent else 1, generator=keyed_generator(*key, "sigma")).double()
+    time = uniform.clamp(1e-6, 1 - 1e-6)
+    if config.times == "logit_normal":
+        time = logit_normal(time, config.logit_mean, config.logit_std)
+    sigma = of_size(config.schedule, grid.num_tokens).sigma_at(time).expand(grid.t)
+    return sigma.masked_fill(draw_given(grid.t, key), 0) if is_conditioned else sigma
+
+
+def draw_given(num_frames: int, key: tuple[int | str, ...]) -> Tensor:
+    """Which frames of a video are given, bool t: some first and some last ones, and at least one is left to make.
+
+    Equally likely are the first frame, first ones, last ones, and, of three frames on, the first and the last one, and
+    first and last ones; of each, so is every length.
+    """
+    generator = keyed_generator(*key, "given")
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    most = num_frames - 1
+    match draw(1, 5 if most > 1 else 3):
+        case 1:
+            num_first, num_last = 1, 0
+        case 2:
+            num_first, num_last = draw(1, most), 0
+        case 3:
+            num_first, num_last = 0, draw(1, most)
+        case 4:
+            num_first, num_last = 1, 1
+        case _:
+            total = draw(2, most)
+            num_first = draw(1, total - 1)
+            num_last = total - num_first
+    place = torch.arange(num_frames)
+    return (place < num_first) | (place >= num_frames - num_last)
 
 
 def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -145,17 +190,18 @@ def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor
 
 
 def loss_weight(level: Level, config: DiffusionConfig) -> Tensor:
-    """Weight of the target's squared error: an error e of the data is one of `factor` e of the target."""
+    """Weight of the target's squared error: an error e of the data is one of `factor` e there; 0 for given data."""
     alpha, sigma = level
     if config.min_snr_gamma is None:
-        return torch.ones_like(sigma)
+        return (sigma > 0).to(sigma)
     factor = {
         "noise": alpha / sigma,
         "data": torch.ones_like(sigma),
         "v": (alpha**2 + sigma**2) / sigma,
         "velocity": (alpha + sigma) / sigma,
     }[config.target]
-    return (alpha / sigma).square().clamp_max(config.min_snr_gamma) / factor.square()
+    weight = (alpha / sigma).square().clamp_max(config.min_snr_gamma) / factor.square()
+    return weight.masked_fill(sigma == 0, 0)
 
 
 def diffusion_loss(model: nn.Module, batch: DiffusionBatch) -> Tensor:
@@ -169,3 +215,26 @@ def token_errors(model: nn.Module, batch: DiffusionBatch) -> Tensor:
     device = next(model.parameters()).device
     prediction = model(batch.packed.to(device))
     return (prediction.float() - batch.target.to(device)).square().mean(dim=1)
+
+
+def loss_by_noise_level(errors: Tensor, sigma: Tensor, num_buckets: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
+    """Errors by noise level, for a log: sum and count of each bucket, which add up over packs and processes.
+
+    Args:
+        errors: of tokens, n; see `token_errors`.
+        sigma: their noise levels, n; tokens of given frames, at 0, are left out.
+        num_buckets: equal parts of (0, 1].
+
+    Returns:
+        by name, such as "sigma_0.2_0.4" for levels above 0.2 up to 0.4: scalars, float64.
+    """
+    if num_buckets < 1:
+        raise ValueError(f"num_buckets={num_buckets}: must be at least 1")
+    bucket = (sigma.to(errors.device) * num_buckets).ceil() - 1  # -1 for given frames
+    return {
+        f"sigma_{place / num_buckets:g}_{(place + 1) / num_buckets:g}": (
+            errors.double()[bucket == place].sum(),
+            (bucket == place).sum().double(),
+        )
+        for place in range(num_buckets)
+    }

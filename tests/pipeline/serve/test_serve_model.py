@@ -14,7 +14,8 @@ from pipeline.serve.app import build_app
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.jobs import JobStore
 from pipeline.serve.worker import Worker
-from video_dit.generator import GenerationRequest, Generator, read_limits, save_pipeline_parts
+from video_dit.diffusion.schedules import RectifiedFlow
+from video_dit.generator import GenerationRequest, Generator, SamplingConfig, read_limits, save_pipeline_parts
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.vae import VideoVAE, VideoVAEConfig
@@ -47,7 +48,7 @@ def model(tmp_path_factory):
     )
     VideoVAE(vae).save_pretrained(url)
     VideoDiT(dit).save_pretrained(url)
-    save_pipeline_parts(url, HashedWordEncoder(HashedWordConfig()), shift=1.0, fps=8.0)
+    save_pipeline_parts(url, HashedWordEncoder(HashedWordConfig()), SamplingConfig(schedule=RectifiedFlow(), fps=8.0))
     return url
 
 

@@ -1,6 +1,8 @@
 """What training sees: targets, noise levels, weights, and that all of it depends on a sample's key alone."""
 
 import math
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,16 +11,20 @@ from video_dit.diffusion.losses import (
     DiffusionConfig,
     diffusion_batch,
     diffusion_loss,
+    draw_given,
     draw_sigmas,
     logit_normal,
+    loss_by_noise_level,
     loss_weight,
+    token_errors,
 )
-from video_dit.diffusion.schedules import LinearBetaSchedule
+from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
 from video_dit.diffusion.targets import TARGETS, target_of
-from video_dit.random import keyed_normal
-from video_dit.shapes import Stride
+from video_dit.random import keyed_normal, keyed_uniform
+from video_dit.shapes import Stride, TokenGrid
 
 PATCH = Stride(1, 2, 2)
+IMAGE = TokenGrid(1, 1, 1)
 
 
 def test_logit_normal_has_the_moments_it_names():
@@ -118,12 +124,104 @@ def test_min_snr_weighs_the_same_error_of_the_data_alike_for_every_target(target
 
 def test_uniform_times_visit_every_step_of_the_chain_alike():
     config = DiffusionConfig(schedule_name="linear", times="uniform")
-    drawn = torch.stack([draw_sigmas(config, 1, (number,))[0] for number in range(2000)])
+    drawn = torch.stack([draw_sigmas(config, IMAGE, (number,))[0] for number in range(2000)])
     steps = config.schedule.timestep(drawn)
     assert steps.mean().item() == pytest.approx(499.5, abs=3 * 1000 / math.sqrt(12 * 2000))
 
 
+def patterns(num_frames, num_draws=2000):
+    """How often each pattern of given frames is drawn, as a share; "x" is given, "." is to make."""
+    drawn = [draw_given(num_frames, (num_frames, number)).tolist() for number in range(num_draws)]
+    names = Counter("".join(".x"[given] for given in frames) for frames in drawn)
+    return {name: count / num_draws for name, count in names.items()}
+
+
+def test_given_frames_are_first_and_last_ones_as_often_as_said():
+    assert patterns(2) == pytest.approx({"x.": 2 / 3, ".x": 1 / 3}, abs=0.04)
+    of_three = {"x..": 1 / 5 + 1 / 10, "xx.": 1 / 10, "..x": 1 / 10, ".xx": 1 / 10, "x.x": 2 / 5}
+    assert patterns(3) == pytest.approx(of_three, abs=0.04)
+    of_five = patterns(5)
+    assert of_five["x...x"] == pytest.approx(1 / 5 + 1 / 15, abs=0.04)
+    assert set(of_five) == {
+        f"{'x' * a}{'.' * (5 - a - b)}{'x' * b}" for a in range(5) for b in range(5) if 0 < a + b < 5
+    }
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_given_frames_are_clean_and_told_so_and_weigh_nothing(rate):
+    config = DiffusionConfig(condition_rate=rate, caption_dropout=0.0)
+    num, shape = 300, (4, 3, 2, 2)
+    latents = [torch.full(shape, float(number + 1)) for number in range(num)]
+    keys = [(0, 0, str(number)) for number in range(num)]
+    batch = diffusion_batch(latents, [torch.zeros(1, 5)] * num, torch.zeros(1, 5), keys, config, PATCH)
+    packed = batch.packed
+    is_given = batch.sigma == 0
+    assert torch.equal(packed.timesteps[packed.frame_of_token] == 0, is_given)
+    assert torch.equal(batch.weight, (~is_given).float())
+    clean = torch.tensor([place + 1.0 for place in packed.order]).repeat_interleave(3)
+    assert torch.equal((packed.tokens == clean[:, None]).all(dim=1), is_given)
+    conditioned = is_given.view(num, 3).any(dim=1)
+    assert not is_given.view(num, 3).all(dim=1).any()
+    assert conditioned.float().mean().item() == pytest.approx(rate, abs=3 * math.sqrt(rate * (1 - rate) / num) + 1e-9)
+    assert diffusion_loss(Recorder(), batch) == token_errors(Recorder(), batch)[~is_given].sum()
+
+
+def test_min_snr_gives_given_data_no_weight():
+    for target in TARGETS:
+        config = DiffusionConfig(schedule_name="linear", target=target, min_snr_gamma=5.0)
+        weight = loss_weight(config.schedule.level(torch.tensor([0.0, 0.5])), config)
+        assert weight[0] == 0
+        assert weight[1] > 0
+
+
+def test_images_are_never_given_and_have_one_level():
+    for key in range(50):
+        sigma = draw_sigmas(DiffusionConfig(condition_rate=1.0, independent_rate=1.0), IMAGE, (key,))
+        assert sigma.shape == (1,)
+        assert sigma > 0
+
+
+def test_levels_of_frames_are_independent_as_often_as_asked():
+    config = DiffusionConfig(independent_rate=0.5, times="uniform")
+    drawn = torch.stack([draw_sigmas(config, TokenGrid(4, 1, 1), (number,)) for number in range(1000)])
+    independent = (drawn[:, 1:] != drawn[:, :1]).all(dim=1)
+    assert torch.equal(independent, (drawn[:, 1:] != drawn[:, :1]).any(dim=1))
+    assert independent.double().mean().item() == pytest.approx(0.5, abs=0.05)
+    correlation = torch.corrcoef(drawn[independent].T) - torch.eye(4)
+    assert correlation.abs().max() < 0.15
+    assert drawn[independent].mean(dim=0).tolist() == pytest.approx([0.5] * 4, abs=0.05)
+
+
+def test_without_rates_every_sample_has_the_level_it_always_had():
+    config = DiffusionConfig(times="uniform")
+    for number in range(20):
+        assert draw_sigmas(config, TokenGrid(3, 1, 1), (number,)).tolist() == [keyed_uniform(number, "sigma")] * 3
+
+
+def test_large_videos_are_trained_at_the_noise_levels_they_are_sampled_at():
+    config = DiffusionConfig(times="uniform", shift=3.0, base_tokens=4)
+    for size, shift in ((2, 3.0), (4, 6.0)):
+        sigma = draw_sigmas(config, TokenGrid(1, size, size), (0,))
+        assert sigma == RectifiedFlow(shift=shift).sigma_at(torch.tensor(keyed_uniform(0, "sigma")).double())
+
+
+def test_errors_by_noise_level_add_up_without_given_frames():
+    errors = torch.tensor([5.0, 1.0, 2.0, 4.0, 8.0])
+    sigma = torch.tensor([0.0, 0.01, 0.5, 0.51, 1.0])
+    assert loss_by_noise_level(errors, sigma, num_buckets=2) == {"sigma_0_0.5": (3.0, 2.0), "sigma_0.5_1": (12.0, 2.0)}
+    fifths = loss_by_noise_level(errors, sigma)
+    assert list(fifths) == [f"sigma_{a}_{b}" for a, b in pairwise(["0", "0.2", "0.4", "0.6", "0.8", "1"])]
+    assert sum(float(total) for total, _ in fifths.values()) == 15.0
+    assert fifths["sigma_0.2_0.4"] == (0.0, 0.0)
+    with pytest.raises(ValueError, match="num_buckets=0"):
+        loss_by_noise_level(errors, sigma, num_buckets=0)
+
+
 def test_errors_name_the_field():
+    with pytest.raises(ValueError, match=r"condition_rate=1.5: must be between 0 and 1"):
+        DiffusionConfig(condition_rate=1.5)
+    with pytest.raises(ValueError, match=r"independent_rate=-1: must be between 0 and 1"):
+        DiffusionConfig(independent_rate=-1)
     with pytest.raises(ValueError, match="target='noise': schedule_name='flow' reaches pure noise"):
         DiffusionConfig(target="noise")
     with pytest.raises(ValueError, match="target='score': known are noise, data, v, velocity"):
