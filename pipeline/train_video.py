@@ -39,12 +39,6 @@ class TrainVideoConfig:
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
-    def __post_init__(self) -> None:
-        for name, possible in (("schedule_name", "flow"), ("target", "velocity"), ("base_tokens", None)):
-            value = getattr(self.diffusion, name)
-            if value != possible:  # a model folder could not tell its sampler
-                raise ValueError(f"diffusion.{name}={value!r}: must be {possible!r}; others cannot be exported yet")
-
 
 def train_video(
     config: TrainVideoConfig, workers: WorkersConfig, latents: store.Manifest, storage: str, name: str = "video"
