@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from torch import Tensor
 
 from pipeline import media, store
 from pipeline.train import Model
 from video_dit.generator import GenerationRequest, Generator, read_limits
 
 Judge = Callable[[media.Frames, GenerationRequest], dict[str, bool]]
+Make = Callable[[Generator, Sequence[GenerationRequest]], Sequence[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,18 @@ def generate(
     model_uri: str,
     folder: str,
     judge: Judge | None = None,
+    make: Make = Generator.__call__,
 ) -> list[GeneratedVideo]:
-    """Make videos on the cluster, files below `folder`/videos, in the order of the requests."""
+    """Make videos on the cluster, files below `folder`/videos, in the order of the requests.
+
+    Args:
+        config: resources and batches.
+        requests: prompts and sizes.
+        model_uri: what makes them.
+        folder: for the files.
+        judge: what is said of each video; picklable, as is `make`.
+        make: (generator, requests) -> videos, of one batch.
+    """
     limits = read_limits(model_uri)
     for request in requests:
         limits.check(request)
@@ -119,7 +131,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, num_batches)),
         num_cpus=1,
         num_gpus=config.gpus_per_actor or None,
-        fn_constructor_args=(model_uri, folder, judge),
+        fn_constructor_args=(model_uri, folder, judge, make),
     )
     made = {row["number"]: row for row in results.take_all()}
     assert len(made) == len(requests), f"{len(requests)} requests, {len(made)} videos"
@@ -132,15 +144,15 @@ def generate(
 class GenerateBatch:
     """Makes and writes the videos of a batch of rows; one copy of the model a process."""
 
-    def __init__(self, model_uri: str, folder: str, judge: Judge | None) -> None:
+    def __init__(self, model_uri: str, folder: str, judge: Judge | None, make: Make) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.generator = Generator.from_pretrained(model_uri, device)
-        self.folder, self.judge = folder, judge
+        self.folder, self.judge, self.make = folder, judge, make
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """number, request -> number, file, verdict."""
         requests = [GenerationRequest(**json.loads(request)) for request in batch["request"]]
-        videos = [video.numpy() for video in self.generator(requests)]
+        videos = [video.numpy() for video in self.make(self.generator, requests)]
         files, verdicts = [], []
         for number, request, video_u8 in zip(batch["number"], requests, videos, strict=True):
             files.append(self._write(int(number), request, video_u8))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from video_dit import weights
 from video_dit.diffusion.guidance import classifier_free
-from video_dit.diffusion.sampling import sample
+from video_dit.diffusion.sampling import Denoise, sample
 from video_dit.diffusion.schedules import RectifiedFlow
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, concatenate, pack
@@ -22,6 +22,7 @@ from video_dit.text import TextEncoder, load_text_encoder
 from video_dit.vae import VideoVAE, VideoVAEConfig, split_latents
 
 OnStep = Callable[[int, int], None]
+Guide = Callable[[Denoise, PackedBatch], Denoise]
 
 
 DECODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
@@ -153,12 +154,15 @@ class Generator:
         self.limits.check(request)
 
     @torch.inference_mode()
-    def __call__(self, requests: Sequence[GenerationRequest], on_step: OnStep | None = None) -> list[Tensor]:
+    def __call__(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None = None, guide: Guide | None = None
+    ) -> list[Tensor]:
         """Make the videos, all in one packed batch.
 
         Args:
             requests: sizes and prompts may differ; num_steps may not.
             on_step: called with (done, total) after each denoising step; what it raises cancels the call.
+            guide: (denoise, the pack) -> another denoise function, as for `sample`.
 
         Returns:
             uint8 t h w 3 RGB on the CPU, one a request.
@@ -172,7 +176,9 @@ class Generator:
             raise ValueError("requests of one batch need the same num_steps")
         packed = self._pack(requests)
         negative = self.text([request.negative_prompt for request in requests])
-        denoise = _GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        denoise: Denoise = _GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        if guide:
+            denoise = guide(denoise, packed)
         tokens = sample(
             denoise, packed.tokens, schedule=self.schedule, num_steps=requests[0].num_steps, on_step=on_step
         )
