@@ -99,8 +99,8 @@ def _check_fits(config: TrainClassifierConfig, latents: store.Manifest) -> None:
     num_held_out = sum(is_held_out(clip_id, config.held_out_share) for clip_id in rows["clip_id"])
     if not 0 < num_held_out < len(rows["clip_id"]):
         raise ValueError(
-            f"held_out_share={config.held_out_share}: {num_held_out} of {len(rows['clip_id'])} clips are held out, must "
-            "be some and not all"
+            f"held_out_share={config.held_out_share}: {num_held_out} of {len(rows['clip_id'])} clips are held out, "
+            "must be some and not all"
         )
 
 
@@ -220,7 +220,7 @@ class ClassifierTrainee:
         """How many held-out clips are told right at a noise level, by attribute."""
         total = torch.zeros(len(self.config.model.classes), dtype=torch.int64)
         for step in plan_epoch(self._sizes(self.measured), self.config.plan, 0):
-            for places in ([self.measured[number] for number in pack] for pack in step):
+            for places in ([self.measured[number] for number in numbers] for numbers in step):
                 logits = classifier(self._noisy_pack(places, sigma))
                 found = torch.stack([values.argmax(1) for values in logits.values()], dim=1)  # b attributes
                 total += (found == self.labels[places]).sum(0)
