@@ -14,7 +14,8 @@ from pipeline import media, store, toy, toy_checker
 from pipeline.generate import GenerateConfig, Make, generate, write_contact_sheet
 from pipeline.train import Model, open_model
 from pipeline.train_classifier import caption_labels
-from video_dit.classifier import LatentClassifier, sample_classes
+from video_dit import weights
+from video_dit.classifier import LatentClassifier, LatentClassifierConfig, sample_classes
 from video_dit.generator import GenerationRequest, Generator
 
 
@@ -70,13 +71,15 @@ def evaluate_video(config: EvaluateConfig, model: Model, storage: str) -> store.
     of a video together.
 
     Raises:
-        ManifestError: no model or classifier where the config names one.
+        ManifestError: nothing where the config names a classifier.
+        FileNotFoundError: a model there that is no classifier.
     """
     identity = {**dataclasses.asdict(config), "model": model.uri}
     make: Make = Generator.__call__
     parents = model.parents
     if config.classifier is not None:
         classifier = open_model(config.classifier)
+        weights.read_config(LatentClassifierConfig, classifier.uri, "classifier")  # fails here if it is none
         make = LedByClassifier(classifier_uri=classifier.uri, scale=config.classifier_scale)
         parents = [*parents, *classifier.parents]
     produce = functools.partial(_produce, config, model.uri, make)

@@ -40,7 +40,7 @@ class TrainClassifierConfig:
 
     Attributes:
         model: sizes; its classes are attributes of the toy world.
-        diffusion: schedule and noise levels: those of the model that is to be guided.
+        diffusion: the schedule is that of the model to be guided; noise levels may be drawn otherwise.
         plan: token budget and batch.
         optimizer: learning rate and length.
         held_out_share: of the clips, by their ids, that are not trained on but measured.
@@ -210,7 +210,7 @@ class ClassifierTrainee:
         known = (self.labels[self.measured] != UNKNOWN).sum(0)  # attributes
         right = {str(sigma): self._num_right(classifier, sigma) for sigma in MEASURED_SIGMAS}
         return {
-            name: {level: float(numbers[column] / known[column]) for level, numbers in right.items()}
+            name: {level: numbers[column].item() / known[column].item() for level, numbers in right.items()}
             for column, name in enumerate(self.config.model.classes)
             if known[column]
         }

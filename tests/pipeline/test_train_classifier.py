@@ -1,4 +1,4 @@
-"""Classifier training: labels from captions, the held-out split, keyed noise, a falling loss, and a whole run on Ray."""
+"""Classifier training: labels from captions, the held-out split, keyed noise, a falling loss, a whole run on Ray."""
 
 import dataclasses
 import json
@@ -191,6 +191,8 @@ def test_a_run_on_ray_ends_with_a_classifier_that_evaluation_takes(ray_cluster, 
     model = Model(uri=str(tmp_path / "model"), run=None)
     config = EvaluateConfig(num_prompts=2, classifier=run.uri, classifier_scale=2.0)
     config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, num_steps=2, num_actors=1))
+    with pytest.raises(FileNotFoundError, match="classifier/config.json"):
+        evaluate_video(dataclasses.replace(config, classifier=model.uri), model, str(tmp_path))
     scores = evaluate_video(config, model, str(tmp_path))
     assert scores.parents == [{"uri": run.uri, "hash": run.hash}]
     rows = json.loads(Path(scores.uri, "scores.json").read_text())["videos"]

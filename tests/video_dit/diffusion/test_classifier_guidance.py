@@ -89,9 +89,7 @@ def test_at_scale_1_the_exact_classifier_gives_the_conditional_samplers_points(s
 )
 def test_pure_noise_becomes_the_class_that_was_asked_for(sampler, schedule, target, num_steps, wanted):
     """The class's mean and deviation, within four standard errors and a hundredth for the steps."""
-    guided = with_classifier(
-        best_denoiser(schedule, target), class_log_prob(schedule, wanted), schedule, target, 1.0
-    )
+    guided = with_classifier(best_denoiser(schedule, target), class_log_prob(schedule, wanted), schedule, target, 1.0)
     noise = keyed_normal((NUM,), "noise", wanted).double()
     common = {"schedule": schedule, "target": target, "sampler": sampler, "draw_noise": fresh_noise(NUM)}
     made = sample(guided, noise, num_steps=num_steps, **common)
