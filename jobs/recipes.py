@@ -27,6 +27,8 @@ def toy_cpu() -> Recipe:
     """The whole system on a laptop: a world of moving shapes, from MP4 files to a model that draws them.
 
     On two cores a quarter of an hour; then more than three of four held-out captions are drawn right in all attributes.
+    The classifier takes some minutes more and is half learned: with little noise it tells colour and background always,
+    size nine times in ten, shape, direction and speed not much better than by chance.
     """
     text = HashedWordConfig(dim=96, position_dim=16)
     channels = 16
@@ -86,7 +88,7 @@ def toy_cpu() -> Recipe:
             ),
             diffusion=DiffusionConfig(times="uniform"),
             plan=PlanConfig(token_budget=1024, packs_per_step=2),
-            optimizer=OptimizerConfig(learning_rate=3e-3, matrix_learning_rate=0.03, num_steps=1500, ema_decay=0.99),
+            optimizer=OptimizerConfig(learning_rate=3e-3, matrix_learning_rate=0.03, num_steps=1000, ema_decay=0.99),
         ),
         sample=SampleConfig(generate=generate),
         evaluate=EvaluateConfig(num_prompts=200, generate=generate),
