@@ -14,6 +14,7 @@ from pipeline.generate import GenerateConfig, sample_video
 from pipeline.given import GivenConfig
 from pipeline.toy import ToyConfig, make_toy_clips
 from pipeline.train import Model, WorkersConfig, model_folder, open_model
+from pipeline.train_classifier import TrainClassifierConfig, read_accuracy, train_classifier
 from pipeline.train_vae import TrainVaeConfig, train_vae
 from pipeline.train_video import TrainVideoConfig, train_video
 from video_dit.generator import GenerationRequest, read_limits
@@ -54,6 +55,7 @@ class Recipe:
     vae: TrainVaeConfig = dataclasses.field(default_factory=TrainVaeConfig)
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     video: TrainVideoConfig = dataclasses.field(default_factory=TrainVideoConfig)
+    classifier: TrainClassifierConfig = dataclasses.field(default_factory=TrainClassifierConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     workers: WorkersConfig = dataclasses.field(default_factory=WorkersConfig)
@@ -92,6 +94,15 @@ class Chain:
         vae = self.vae()
         (clips,) = (store.Manifest.load(parent["uri"]) for parent in vae.parents)
         return self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
+
+    def classifier(self) -> store.Manifest:
+        """The trained classifier of the toy world's attributes."""
+        latents, config = self.latents(), self.recipe.classifier
+        run = self._hop(
+            "train classifier", lambda: train_classifier(config, self.recipe.workers, latents, self.storage)
+        )
+        console.accuracy_table(read_accuracy(run))
+        return run
 
     def model(self) -> Model:
         """The given model, or the one that the recipe trains."""

@@ -26,6 +26,17 @@ def score_table(scores: Mapping[str, float]) -> None:
     _console().print(table)
 
 
+def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> None:
+    """Show the share of samples whose class is told right, attribute by noise level."""
+    table = Table(title="held-out clips: share told right at noise level", title_justify="left")
+    table.add_column("attribute")
+    for level in next(iter(accuracy.values())):
+        table.add_column(level, justify="right")
+    for name, row in accuracy.items():
+        table.add_row(name, *(f"{100 * share:.1f} %" for share in row.values()))
+    _console().print(table)
+
+
 def say(text: str) -> None:
     """A line for people."""
     _console().print(text, markup=False)

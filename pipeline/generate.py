@@ -20,6 +20,7 @@ from video_dit.generator import GenerationRequest, Generator, Limits, read_limit
 from video_dit.long_videos import check_windows, long_videos
 
 Judge = Callable[[media.Frames, GenerationRequest], dict[str, bool]]
+Make = Callable[[Generator, Sequence[GenerationRequest]], Sequence[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,12 @@ class GenerateConfig:
         for request in requests:
             limits.check(request)
 
+    def make(self, generator: Generator, requests: Sequence[GenerationRequest]) -> list[Tensor]:
+        """The videos of one batch, in windows if there are any."""
+        if self.window_frames is None:
+            return generator(requests)
+        return long_videos(generator, requests, self.window_frames, self.overlap_frames)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedVideo:
@@ -123,8 +130,18 @@ def generate(
     model_uri: str,
     folder: str,
     judge: Judge | None = None,
+    make: Make | None = None,
 ) -> list[GeneratedVideo]:
-    """Make videos on the cluster, files below `folder`/videos, in the order of the requests."""
+    """Make videos on the cluster, files below `folder`/videos, in the order of the requests.
+
+    Args:
+        config: resources and batches.
+        requests: prompts and sizes.
+        model_uri: what makes them.
+        folder: for the files.
+        judge: what is said of each video; picklable, as is `make`.
+        make: (generator, requests) -> videos, of one batch; None makes what the requests say, as `config.make` does.
+    """
     config.check(requests, read_limits(model_uri))
     in_order = sorted(range(len(requests)), key=lambda n: requests[n].shape)  # equal shapes share attention batches
     rows = [{"number": n, "request": json.dumps(_write_frames(requests[n], folder))} for n in in_order]
@@ -138,7 +155,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, num_batches)),
         num_cpus=1,
         num_gpus=config.gpus_per_actor or None,
-        fn_constructor_args=(config, model_uri, folder, judge),
+        fn_constructor_args=(model_uri, folder, judge, make or config.make),
     )
     made = {row["number"]: row for row in results.take_all()}
     assert len(made) == len(requests), f"{len(requests)} requests, {len(made)} videos"
@@ -160,26 +177,21 @@ def _write_frames(request: GenerationRequest, folder: str) -> dict[str, Any]:
 class GenerateBatch:
     """Makes and writes the videos of a batch of rows; one copy of the model a process."""
 
-    def __init__(self, config: GenerateConfig, model_uri: str, folder: str, judge: Judge | None) -> None:
+    def __init__(self, model_uri: str, folder: str, judge: Judge | None, make: Make) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.generator = Generator.from_pretrained(model_uri, device)
-        self.config, self.folder, self.judge = config, folder, judge
+        self.folder, self.judge, self.make = folder, judge, make
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """number, request -> number, file, verdict."""
         fields = [json.loads(request) for request in batch["request"]]
         requests = [from_json(values, self._read) for values in fields]
-        videos = [video.numpy() for video in self._make(requests)]
+        videos = [video.numpy() for video in self.make(self.generator, requests)]
         files, verdicts = [], []
         for number, values, request, video_u8 in zip(batch["number"], fields, requests, videos, strict=True):
             files.append(self._write(int(number), values, video_u8))
             verdicts.append(json.dumps(self.judge(video_u8, request) if self.judge else {}))
         return {"number": batch["number"].tolist(), "file": files, "verdict": verdicts}
-
-    def _make(self, requests: Sequence[GenerationRequest]) -> list[Tensor]:
-        if self.config.window_frames is None:
-            return self.generator(requests)
-        return long_videos(self.generator, requests, self.config.window_frames, self.config.overlap_frames)
 
     def _read(self, name: str) -> bytes:
         return store.read_bytes(store.join(self.folder, name))

@@ -40,9 +40,9 @@ LOOKS = {  # what an image shows as well: attribute -> values
     "size": tuple(SIZES_PX),
     "background": tuple(BACKGROUNDS),
 }
-_NUM_LOOKS = {name: len(values) for name, values in LOOKS.items()}
-NUM_VALUES = {**_NUM_LOOKS, "direction": len(DIRECTIONS), "speed": len(SPEEDS_PX)}
-ATTRIBUTES = tuple(NUM_VALUES)
+VALUES = {**LOOKS, "direction": tuple(DIRECTIONS), "speed": tuple(SPEEDS_PX)}
+NUM_VALUES = {name: len(values) for name, values in VALUES.items()}
+ATTRIBUTES = tuple(VALUES)
 HELD_OUT_ONE_IN = 10
 
 _ADVERBS = {"slowly": "slow", "quickly": "fast"}

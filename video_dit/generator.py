@@ -12,7 +12,7 @@ from torch import Tensor
 from video_dit import weights
 from video_dit.denoiser import GuidedDenoiser
 from video_dit.diffusion.levels import of_size, sigmas_from
-from video_dit.diffusion.sampling import sample
+from video_dit.diffusion.sampling import Denoise, sample
 from video_dit.given_frames import encode_frames, given_latents, hold_clean, put_back
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, pack, patchify
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, int], None]
+Guide = Callable[[Denoise, PackedBatch], Denoise]
 DECODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
 
 
@@ -104,12 +105,15 @@ class Generator:
         self.limits.check(request)
 
     @torch.inference_mode()
-    def __call__(self, requests: Sequence[GenerationRequest], on_step: OnStep | None = None) -> list[Tensor]:
+    def __call__(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None = None, guide: Guide | None = None
+    ) -> list[Tensor]:
         """Make the videos, all in one packed batch.
 
         Args:
             requests: anything may differ but num_steps and sampler.
             on_step: called with (done, total) after each denoising step; what it raises cancels the call.
+            guide: (denoise, the pack) -> another denoise function, as for `sample`.
 
         Returns:
             uint8 t h w 3 RGB on the CPU, one a request; frames that it gave are in it, exactly.
@@ -122,20 +126,24 @@ class Generator:
         for name in ("num_steps", "sampler"):
             if len({getattr(request, name) for request in requests}) != 1:
                 raise ValueError(f"requests of one batch need the same {name}")
-        latents = self._sample([request.sampled(self.stride.t) for request in requests], on_step)
+        latents = self._sample([request.sampled(self.stride.t) for request in requests], on_step, guide)
         return [
             put_back(self._decode(sample)[: request.num_frames], request.conditions)
             for sample, request in zip(latents, requests, strict=True)
         ]
 
-    def _sample(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> list[Tensor]:
+    def _sample(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None, guide: Guide | None
+    ) -> list[Tensor]:
         """Latents c t h w of each request."""
         sigmas = [self._sigmas(request) for request in requests]  # levels
         starts = [self._start(request, levels[0]) for request, levels in zip(requests, sigmas, strict=True)]
         texts = self.text([request.prompt for request in requests])
         packed = pack(starts, [1000.0] * len(starts), texts, self.dit.config.patch).to(self._device)
         negative = self.text([request.negative_prompt for request in requests])
-        denoise = GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        denoise: Denoise = GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
+        if guide:
+            denoise = guide(denoise, packed)
         given = [given_latents(self.vae, request) for request in requests]
         clean = _to_tokens(packed, [latents for latents, _ in given])  # n (c pt ph pw)
         mask = _to_tokens(packed, [mask for _, mask in given]).all(dim=1, keepdim=True)  # n 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 DIFFUSERS_DIT, ORIGINAL_DIT = "WanTransformer3DModel", "WanModel"
 DIFFUSERS_VAE, ORIGINAL_VAE, ORIGINAL_RESIDUAL_VAE = "AutoencoderKLWan", "Wan2.1_VAE", "Wan2.2_VAE"
+LATENT_CLASSIFIER = "LatentClassifier"  # our own, nobody else's
 
 # The original VAEs' modules, ours -> theirs. Theirs are numbered in one row: 2 residual blocks and a resampling a
 # stage of the encoder, 3 and one of the decoder; in 2.2 each stage has its own row.
@@ -61,6 +62,7 @@ _RESIDUAL_PARTS = {
 # Published class -> our module -> their modules; what no row names is called the same.
 KEY_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     DIFFUSERS_VAE: {},
+    LATENT_CLASSIFIER: {},
     DIFFUSERS_DIT: {
         "time_mlp.0": ("condition_embedder.time_embedder.linear_1",),
         "time_mlp.2": ("condition_embedder.time_embedder.linear_2",),

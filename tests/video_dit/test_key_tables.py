@@ -11,6 +11,7 @@ from video_dit.key_tables import (
     DIFFUSERS_DIT,
     DIFFUSERS_VAE,
     KEY_TABLES,
+    LATENT_CLASSIFIER,
     ORIGINAL_DIT,
     ORIGINAL_RESIDUAL_VAE,
     ORIGINAL_VAE,
@@ -189,4 +190,5 @@ def test_what_shapes_cannot_tell_is_an_error():
         default_config(DIFFUSERS_VAE, {})
     with pytest.raises(ValueError, match=r"2 tensors \(a, b, ...\) are no checkpoint of"):
         recognize(["b", "a"])
-    assert set(KEY_TABLES) == {DIFFUSERS_DIT, ORIGINAL_DIT, DIFFUSERS_VAE, ORIGINAL_VAE, ORIGINAL_RESIDUAL_VAE}
+    published = {DIFFUSERS_DIT, ORIGINAL_DIT, DIFFUSERS_VAE, ORIGINAL_VAE, ORIGINAL_RESIDUAL_VAE}
+    assert set(KEY_TABLES) == {*published, LATENT_CLASSIFIER}

@@ -45,6 +45,10 @@ class Schedule:
         """The model's time input, in [0, 1000]; 0 for data."""
         raise NotImplementedError
 
+    def sigma_of(self, timestep: Tensor) -> Tensor:
+        """The noise level that `timestep` tells of, float64."""
+        raise NotImplementedError
+
     def sigmas(self, num_steps: int) -> Tensor:
         """num_steps + 1 noise levels from pure noise down to 0, float64.
 
@@ -109,6 +113,10 @@ class RectifiedFlow(Schedule):
         """1000 sigma."""
         return sigma * NUM_TRAIN_STEPS
 
+    def sigma_of(self, timestep: Tensor) -> Tensor:
+        """timestep / 1000."""
+        return timestep.double() / NUM_TRAIN_STEPS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BetaSchedule(Schedule):
@@ -156,6 +164,10 @@ class BetaSchedule(Schedule):
         """The step, 0 ... 999, fractions between them; other lengths of the chain are scaled to that."""
         place = _interpolate(sigma, self._ladder, torch.arange(self.num_train_steps + 1.0))
         return (place - 1).clamp_min(0) * (NUM_TRAIN_STEPS / self.num_train_steps)
+
+    def sigma_of(self, timestep: Tensor) -> Tensor:
+        """The noise level after that step; the first one's for 0, which all levels below it share."""
+        return self.sigma_at((timestep.double() * (self.num_train_steps / NUM_TRAIN_STEPS) + 1) / self.num_train_steps)
 
     @property
     def _ladder(self) -> Tensor:

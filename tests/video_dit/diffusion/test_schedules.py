@@ -98,3 +98,22 @@ def test_errors_name_the_field():
         sample(lambda x, t: x, noise, sigmas=torch.tensor([1.0, 0.5]), **flow)
     with pytest.raises(ValueError, match="target='noise': x is pure noise here"):
         sample(lambda x, t: x, noise, target="noise", num_steps=2, **flow)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("num_train_steps", [7, 400, 1000])
+def test_a_timestep_tells_its_noise_level(name, num_train_steps, zero_terminal_snr):
+    schedule = type(BETA_SCHEDULES[name])(num_train_steps=num_train_steps, zero_terminal_snr=zero_terminal_snr)
+    sigmas = schedule.sigma_at(torch.linspace(1 / num_train_steps, 1, 90, dtype=torch.float64))
+    torch.testing.assert_close(schedule.sigma_of(schedule.timestep(sigmas)), sigmas, rtol=0, atol=1e-12)
+    last = schedule.sigma_of(schedule.timestep(schedule.sigmas(1)[0]))
+    assert (schedule.alpha(last) == 0) == zero_terminal_snr  # guidance must know pure noise when it sees it
+    first = schedule.sigma_of(torch.zeros(()))
+    torch.testing.assert_close(first, schedule.step_sigmas[0])
+
+
+def test_a_timestep_of_a_flow_is_a_thousand_noise_levels():
+    schedule = RectifiedFlow(shift=3.0)
+    sigmas = schedule.sigmas(7)
+    torch.testing.assert_close(schedule.sigma_of(schedule.timestep(sigmas)), sigmas, rtol=0, atol=1e-15)
