@@ -97,7 +97,7 @@ def smoke_cpu() -> Recipe:
             dit=replace(recipe.video.dit, num_attention_heads=2, ffn_dim=128, num_layers=2),
             optimizer=replace(recipe.video.optimizer, num_steps=20),
         ),
-        distill=replace(recipe.distill, optimizer=replace(recipe.distill.optimizer, num_steps=20)),
+        distill=replace(recipe.distill, optimizer=replace(recipe.distill.optimizer, num_steps=10)),
         sample=replace(recipe.sample, num=4, generate=few),
         evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
         workers=replace(recipe.workers, num_workers=1, cpus_per_worker=1, checkpoint_every=5, show_every=10),
