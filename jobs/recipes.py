@@ -74,9 +74,10 @@ def toy_cpu() -> Recipe:
             optimizer=OptimizerConfig(learning_rate=5e-3, matrix_learning_rate=0.05, num_steps=2000, ema_decay=0.995),
         ),
         distill=DistillVideoConfig(
-            distillation=DistillationConfig(guidance_scale=generate.guidance_scale),
+            distillation=DistillationConfig(guidance_scale=generate.guidance_scale, renoise_mean=-1.0, r1_weight=0.01),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
             optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=1000, weight_decay=0.0, ema_decay=0.99),
+            heads_learning_rate=5e-3,
         ),
         sample=SampleConfig(generate=generate),
         evaluate=EvaluateConfig(num_prompts=200, generate=generate),

@@ -2,7 +2,7 @@
 
 A student predicts data from one of a few noise levels in one evaluation. What it predicts is noised again, and a
 frozen teacher looks at it: its guided estimate of the data pulls the student towards it, and heads on its features tell
-the student's samples from real ones.
+the student's samples from real ones. A student is sampled by `sampling.sample` without guidance, like any model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class DistillationConfig:
         distillation_weight: of the distance to the teacher's estimate, beside the adversarial loss (ADD's lambda).
         adversarial_weight: of that loss; 0 is distillation alone.
         r1_weight: of the penalty on the heads' gradients; half of it multiplies their squared norm.
-        renoise_mean, renoise_std: of the logit-normal time at which the teacher looks, see `logit_normal`.
+        renoise_mean, renoise_std: of the logit-normal time at which the teacher looks, see `logit_normal`. Late, noisy
+            times teach what the sample is as a whole, early ones its details, which heads tell from real ones sooner.
         feature_blocks: of the teacher, whose outputs the heads see; empty for all.
         head_dim: hidden width of the heads.
     """
