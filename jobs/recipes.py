@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from pipeline.chain import Recipe, SampleConfig
 from pipeline.curate import CurateConfig
+from pipeline.distill_video import DistillVideoConfig
 from pipeline.encode import EncodeConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.generate import GenerateConfig
@@ -16,6 +17,7 @@ from pipeline.train_classifier import TrainClassifierConfig
 from pipeline.train_vae import TrainVaeConfig
 from pipeline.train_video import TrainVideoConfig
 from video_dit.classifier import LatentClassifierConfig
+from video_dit.diffusion.distillation import DistillationConfig
 from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.model import VideoDiTConfig
 from video_dit.text import HashedWordConfig
@@ -90,6 +92,12 @@ def toy_cpu() -> Recipe:
             plan=PlanConfig(token_budget=1024, packs_per_step=2),
             optimizer=OptimizerConfig(learning_rate=3e-3, matrix_learning_rate=0.03, num_steps=1000, ema_decay=0.99),
         ),
+        distill=DistillVideoConfig(
+            distillation=DistillationConfig(guidance_scale=generate.guidance_scale, renoise_mean=-1.0, r1_weight=0.01),
+            plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
+            optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=1000, weight_decay=0.0, ema_decay=0.99),
+            heads_learning_rate=5e-3,
+        ),
         sample=SampleConfig(generate=generate),
         evaluate=EvaluateConfig(num_prompts=200, generate=generate),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=250, show_every=1000),
@@ -110,6 +118,7 @@ def smoke_cpu() -> Recipe:
             optimizer=replace(recipe.video.optimizer, num_steps=20),
         ),
         classifier=replace(recipe.classifier, optimizer=replace(recipe.classifier.optimizer, num_steps=10)),
+        distill=replace(recipe.distill, optimizer=replace(recipe.distill.optimizer, num_steps=10)),
         sample=replace(recipe.sample, num=4, generate=few),
         evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
         workers=replace(recipe.workers, num_workers=1, cpus_per_worker=1, checkpoint_every=5, show_every=10),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from pipeline import console, store
 from pipeline.curate import CurateConfig, curate
+from pipeline.distill_video import STUDENT_GUIDANCE, DistillVideoConfig, distill_video
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
@@ -56,6 +58,7 @@ class Recipe:
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     video: TrainVideoConfig = dataclasses.field(default_factory=TrainVideoConfig)
     classifier: TrainClassifierConfig = dataclasses.field(default_factory=TrainClassifierConfig)
+    distill: DistillVideoConfig = dataclasses.field(default_factory=DistillVideoConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     workers: WorkersConfig = dataclasses.field(default_factory=WorkersConfig)
@@ -128,9 +131,33 @@ class Chain:
         console.score_table(read_scores(manifest))
         return manifest
 
+    def student(self) -> Model:
+        """The recipe's distillation of the model."""
+        config, teacher = self.recipe.distill, self.model()
+        run = self._hop("distill", lambda: distill_video(config, self.recipe.workers, teacher, self.storage))
+        return Model(uri=model_folder(run), run=run)
+
     def train_and_show(self) -> store.Manifest:
         """Train, sample and, in the toy world, score; says what to look at."""
-        model = self.model()
+        return self._show(self.model())
+
+    def distill_and_show(self) -> store.Manifest:
+        """The same with a student, in its few steps."""
+        student = self.student()
+        num_steps = self.recipe.distill.distillation.num_steps
+
+        def few(config: GenerateConfig) -> GenerateConfig:
+            return replace(config, num_steps=num_steps, guidance_scale=STUDENT_GUIDANCE)
+
+        sample = replace(self.recipe.sample, generate=few(self.recipe.sample.generate))
+        evaluate = replace(self.recipe.evaluate, generate=few(self.recipe.evaluate.generate))
+        shown = Chain(replace(self.recipe, sample=sample, evaluate=evaluate), self.source, self.storage)
+        manifest = shown._show(student)
+        flags = f"--sample.generate.num-steps {num_steps} --sample.generate.guidance-scale {STUDENT_GUIDANCE:g}"
+        console.say(f"sample: python jobs/sample_video.py --model {manifest.uri} {flags}")
+        return manifest
+
+    def _show(self, model: Model) -> store.Manifest:
         samples = self.samples(model)
         if self.source is None:
             self.scores(model)

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ray.train
 import torch
@@ -66,7 +66,7 @@ class Trainee(Protocol):
 
     @property
     def loss_function(self) -> LossFunction:
-        """(model, inputs) -> loss summed over elements."""
+        """(model, inputs) -> loss summed over elements, or several by name."""
 
     @property
     def sizes(self) -> list[int]:
@@ -101,6 +101,15 @@ class Task(Protocol):
 
     def build(self) -> Trainee:
         """Open the data and make the model; the same on every worker."""
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A task whose model has submodules with optimizers of their own, such as a discriminator."""
+
+    @property
+    def part_optimizers(self) -> Mapping[str, OptimizerConfig]:
+        """By the submodule's name."""
 
 
 class StepBatch(NamedTuple):
@@ -212,7 +221,7 @@ def train_worker(config: dict[str, Any]) -> None:
     device = get_device()
     world = DistributedWorld(device.type)
     model = parallelize(trainee.model.to(device), world.mesh, ParallelConfig())
-    state = TrainState(model, task.optimizer, world)
+    state = TrainState(model, task.optimizer, world, task.part_optimizers if isinstance(task, HasParts) else None)
     latest = latest_checkpoint(root / "checkpoints")
     if latest:
         load_checkpoint(latest, state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +93,8 @@ def encoder_folder(latents: store.Manifest) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoTask:
-    """See `pipeline.train.Task`."""
+class LatentTask:
+    """What trainings of a transformer on LATENTS share; see `pipeline.train.Task`."""
 
     latents_uri: str
     dit: VideoDiTConfig
@@ -100,23 +102,32 @@ class VideoTask:
     plan: PlanConfig
     optimizer: OptimizerConfig
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoTask(LatentTask):
+    """See `pipeline.train.Task`."""
+
     def build(self) -> VideoTrainee:
         """Open the latents and make the transformer."""
         return VideoTrainee(self)
 
 
-class VideoTrainee:
-    """See `pipeline.train.Trainee`."""
+class LatentTrainee:
+    """What trainings of a transformer on LATENTS share; see `pipeline.train.Trainee`.
 
-    def __init__(self, task: VideoTask) -> None:
+    Attributes:
+        sampling: fields of the requests that show what the model makes.
+    """
+
+    sampling: Mapping[str, Any] = {}
+
+    def __init__(self, task: LatentTask) -> None:
         manifest = store.Manifest.load(task.latents_uri)
         self.task = task
         self.encoder_folder = encoder_folder(manifest)
         self.data = LatentDataset(manifest)
         self.text = load_text_encoder(self.encoder_folder)
         self.sizes = self.data.num_tokens(task.dit.patch)
-        self.model = VideoDiT(task.dit)
-        self.loss_function = diffusion_loss
         self.empty_text = self.text([""])[0]
 
     def num_elements(self, step: int, pack: Pack) -> float:
@@ -127,17 +138,15 @@ class VideoTrainee:
         """Clip ids."""
         return tuple(self.data.clip_ids[place] for place in pack)
 
-    def load(self, step: int, pack: Pack) -> DiffusionBatch:
-        """Noised latents; noise is keyed by (seed, step, clip)."""
+    def samples(self, step: int, pack: Pack) -> dict[str, Any]:
+        """What batches are made of: latents, texts, the empty text, and keys (seed, step, clip) for random numbers."""
         samples = [self.data[place] for place in pack]
-        return diffusion_batch(
-            latents=[sample.latents for sample in samples],
-            texts=[sample.text for sample in samples],
-            empty_text=self.empty_text,
-            keys=[(self.task.plan.seed, step, sample.clip_id) for sample in samples],
-            config=self.task.diffusion,
-            patch=self.task.dit.patch,
-        )
+        return {
+            "latents": [sample.latents for sample in samples],
+            "texts": [sample.text for sample in samples],
+            "empty_text": self.empty_text,
+            "keys": [(self.task.plan.seed, step, sample.clip_id) for sample in samples],
+        }
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """A whole model folder: transformer, VAE, text encoder and schedule."""
@@ -164,8 +173,26 @@ class VideoTrainee:
                     height_px=shape.h,
                     width_px=shape.w,
                     seed=number,
+                    **self.sampling,
                 )
             )
         videos = generator(requests)
         tags = [f"samples/{number}: {request.prompt}" for number, request in enumerate(requests)]
         return {tag: video.numpy() for tag, video in zip(tags, videos, strict=True)}, self.data.fps
+
+
+class VideoTrainee(LatentTrainee):
+    """See `pipeline.train.Trainee`."""
+
+    def __init__(self, task: VideoTask) -> None:
+        super().__init__(task)
+        self.model = VideoDiT(task.dit)
+        self.loss_function = diffusion_loss
+
+    def load(self, step: int, pack: Pack) -> DiffusionBatch:
+        """Noised latents; noise is keyed by (seed, step, clip)."""
+        return diffusion_batch(
+            **self.samples(step, pack),
+            config=self.task.diffusion,
+            patch=self.task.dit.patch,
+        )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -105,49 +106,85 @@ class OptimizerConfig:
         return min(self.ema_decay, (1 + step) / (10 + step))
 
 
+class Part(NamedTuple):
+    """Parameters that are clipped and updated together."""
+
+    name: str  # of the submodule; "" for all that no other part has
+    config: OptimizerConfig
+    parameters: list[nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]  # AdamW, and Muon if the config has it
+
+
 class TrainState:
-    """Model, average of its weights, optimizers and the number of steps done.
+    """Model, average of its weights, optimizers and the number of steps done. Frozen parameters stay out of it all.
 
     Args:
         model: already sharded if it is to be.
         config: of the optimizers.
         world: the processes.
+        parts: submodules with another config of their own, such as a discriminator's; the model's Muon is not for them.
 
     Attributes:
         ema: the state dict with averaged parameters, sharded like the model's.
-        optimizers: AdamW, and Muon if the config has it.
+        parts: the rest of the model, then the named ones.
         step: steps done.
 
     Raises:
         ValueError: Muon for a model that does not tell its hidden matrices.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        world: World,
+        parts: Mapping[str, OptimizerConfig] | None = None,
+    ) -> None:
         self.model = model
-        self.config = config
         self.world = world
-        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.optimizers = _optimizers(model, config, world)
+        self.parts = _parts(model, {"": config, **(parts or {})}, world)
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        frozen = {name for name, _ in model.named_parameters()} - set(self._trained)
+        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items() if name not in frozen}
         self.step = 0
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of all parts."""
+        return [optimizer for part in self.parts for optimizer in part.optimizers]
 
     def update(self) -> None:
         """One step of all optimizers and of the average, from the gradients, which are then gone."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * self.config.fraction_at(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for part in self.parts:
+            for optimizer in part.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * part.config.fraction_at(self.step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self._update_ema()
         self.step += 1
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        weights = [local(parameter) for parameter in self.model.parameters()]
-        averages = [local(self.ema[name]) for name, _ in self.model.named_parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - self.config.ema_decay_at(self.step))
+        weights = [local(parameter) for parameter in self._trained.values()]
+        averages = [local(self.ema[name]) for name in self._trained]
+        torch._foreach_lerp_(averages, weights, 1 - self.parts[0].config.ema_decay_at(self.step))
 
 
-def _optimizers(model: nn.Module, config: OptimizerConfig, world: World) -> list[torch.optim.Optimizer]:
+def _parts(model: nn.Module, configs: Mapping[str, OptimizerConfig], world: World) -> list[Part]:
+    modules = {name: model.get_submodule(name) for name in configs}
+    elsewhere = {parameter for name, module in modules.items() if name for parameter in module.parameters()}
+    parts = []
+    for name, config in configs.items():
+        taken = set() if name else elsewhere
+        parameters = [p for p in modules[name].parameters() if p.requires_grad and p not in taken]
+        parts.append(Part(name, config, parameters, _optimizers(modules[name], parameters, config, world)))
+    return parts
+
+
+def _optimizers(
+    model: nn.Module, parameters: list[nn.Parameter], config: OptimizerConfig, world: World
+) -> list[torch.optim.Optimizer]:
     matrices: list[Matrix] = []
     if config.matrix_learning_rate is not None:
         if not isinstance(model, HasMatrices):
@@ -159,7 +196,7 @@ def _optimizers(model: nn.Module, config: OptimizerConfig, world: World) -> list
     in_muon = {id(matrix.parameter) for matrix in matrices}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         if id(parameter) not in in_muon:
             (decayed if parameter.ndim >= 2 and parameter.shape[0] > 1 else others).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
@@ -197,7 +234,8 @@ class MicroBatch:
     sample_ids: tuple[str, ...]
 
 
-LossFunction = Callable[[nn.Module, Any], Tensor]  # the sum of the loss over the micro-batch's elements
+# The sum of the loss over the micro-batch's elements; or several by name, which are all trained and logged.
+LossFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 
 
 NUM_NAMED = 16  # samples in an error message
@@ -218,29 +256,43 @@ def train_step(
     Args:
         state: changed in place.
         micro_batches: this process's share, as many in every process.
-        loss_function: (model, inputs) -> loss summed over elements (tokens, pixels).
+        loss_function: (model, inputs) -> loss summed over elements (tokens, pixels), or several by name.
         num_elements: of the whole step, over all processes: the loss is the mean over them.
 
     Returns:
-        loss, grad_norm and lr of the step.
+        loss, grad_norm and lr of the step; the losses that have a name; grad_norm_PART and lr_PART of named parts.
 
     Raises:
         NotFiniteError: before the update, naming the step and this process's samples.
     """
-    world = state.world
-    rate = state.config.learning_rate * state.config.fraction_at(state.step)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in micro_batches:
-        loss = loss_function(state.model, batch.inputs) * (batch.weight / num_elements)
-        (loss * world.size).backward()  # sharded gradients are averaged over processes; the sum is wanted
-        total += loss.detach().double().cpu()
-    loss_value = float(world.sum(total))
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_norm)
-    norm_value = float(world.whole(grad_norm))
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+    metrics = _backward(state, micro_batches, loss_function, num_elements)
+    for part in state.parts:
+        suffix = part.name and f"_{part.name}"
+        norm = torch.nn.utils.clip_grad_norm_(part.parameters, part.config.clip_norm)
+        metrics[f"grad_norm{suffix}"] = float(state.world.whole(norm))
+        metrics[f"lr{suffix}"] = part.config.learning_rate * part.config.fraction_at(state.step)
+    if not all(map(math.isfinite, metrics.values())):
         ids = [name for batch in micro_batches for name in batch.sample_ids]
         more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
-        figures = f"loss={loss_value}, grad_norm={norm_value}"
+        figures = f"loss={metrics['loss']}, grad_norm={metrics['grad_norm']}"
         raise NotFiniteError(f"step {state.step}: {figures}; samples: {', '.join(ids[:NUM_NAMED])}{more}")
     state.update()
-    return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
+    return metrics
+
+
+def _backward(
+    state: TrainState, micro_batches: Sequence[MicroBatch], loss_function: LossFunction, num_elements: float
+) -> dict[str, float]:
+    """Gradients of the step, and its losses over all processes."""
+    world = state.world
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    for batch in micro_batches:
+        losses = loss_function(state.model, batch.inputs)
+        named = {"loss": losses} if isinstance(losses, Tensor) else losses
+        shares = {name: loss * (batch.weight / num_elements) for name, loss in named.items()}
+        total = torch.stack(list(shares.values())).sum()
+        (total * world.size).backward()  # sharded gradients are averaged over processes; the sum is wanted
+        for name, share in {"loss": total, **shares}.items():
+            totals[name] += share.detach().double().cpu()
+    sums = world.sum(torch.stack(list(totals.values())))
+    return dict(zip(totals, sums.tolist(), strict=True))

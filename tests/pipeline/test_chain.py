@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import losses_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.recipes import smoke_cpu
 from pipeline import media, store
-from pipeline.chain import Chain
 from pipeline.errors import TrainingDivergedError
 from pipeline.train import model_folder, open_model
 from pipeline.train_video import train_video
@@ -25,33 +24,6 @@ from video_dit import weights
 from video_dit.generator import read_limits
 
 ROOT = Path(__file__).parents[2]
-
-
-def losses_of(run):
-    lines = (Path(run.uri) / "metrics" / "train.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows] == list(range(len(rows)))  # no step twice, none lost
-    return [row["loss"] for row in rows]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return smoke_cpu()
-
-
-@pytest.fixture(scope="module")
-def chain(ray_cluster, tmp_path_factory, recipe):
-    return Chain(recipe, None, str(tmp_path_factory.mktemp("runs")))
-
-
-@pytest.fixture(scope="module")
-def latents(chain):
-    return chain.latents()
-
-
-@pytest.fixture(scope="module")
-def model(chain, latents):
-    return chain.model()
 
 
 def test_rows_are_conserved_from_files_to_latents(chain, latents):

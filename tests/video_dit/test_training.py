@@ -105,3 +105,48 @@ def test_muon_wants_a_model_that_tells_its_matrices():
     model, _, _ = random_problem()
     with pytest.raises(ValueError, match=r"matrix_learning_rate=0\.02: Linear does not tell"):
         TrainState(model, OptimizerConfig(matrix_learning_rate=0.02), SingleProcess())
+
+
+def two_halves():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"body": nn.Linear(3, 2), "heads": nn.Linear(3, 2), "frozen": nn.Linear(3, 2)})
+
+
+def losses_of_halves(model, inputs):
+    x, y = inputs
+    y = y + model["frozen"](x)
+    return {"first": (model["body"](x) - y).square().sum(), "second": 3 * (model["heads"](x) - y).square().sum()}
+
+
+def test_parts_train_as_if_alone_and_named_losses_add_up():
+    _, x, y = random_problem()
+    config = OptimizerConfig(warmup_steps=2, num_steps=8, clip_norm=0.1)
+    heads = OptimizerConfig(warmup_steps=0, num_steps=8, clip_norm=0.5, learning_rate=0.02, weight_decay=0.0)
+    model = two_halves()
+    model["frozen"].requires_grad_(False)
+    frozen = copy.deepcopy(model["frozen"].state_dict())
+    state = TrainState(model, config, SingleProcess(), {"heads": heads})
+    alone = {}
+    for part, part_config in (("body", config), ("heads", heads)):
+        alone[part] = TrainState(copy.deepcopy(model[part]), part_config, SingleProcess())
+    for _ in range(8):
+        metrics = train_step(state, micro_batches(x, y, [4, 2]), losses_of_halves, 12)
+        with torch.no_grad():
+            target = y + model["frozen"](x)
+        first = train_step(alone["body"], micro_batches(x, target, [4, 2]), squared_error, 12)
+        second = train_step(alone["heads"], micro_batches(x, target, [4, 2]), lambda m, i: 3 * squared_error(m, i), 12)
+        assert metrics == pytest.approx(
+            {
+                "loss": first["loss"] + second["loss"],
+                "first": first["loss"],
+                "second": second["loss"],
+                **{name: first[name] for name in ("grad_norm", "lr")},
+                **{f"{name}_heads": second[name] for name in ("grad_norm", "lr")},
+            },
+            rel=1e-5,
+        )
+    for part, peer in alone.items():
+        for name, value in peer.model.state_dict().items():
+            torch.testing.assert_close(model[part].state_dict()[name], value)
+    assert all(torch.equal(value, frozen[name]) for name, value in model["frozen"].state_dict().items())
+    assert set(state.ema) == {"body.weight", "body.bias", "heads.weight", "heads.bias"}

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -47,7 +47,11 @@ def load_checkpoint(checkpoint: Path, state: TrainState) -> None:
     values = _as_dict(state)
     load(values, checkpoint_id=checkpoint)
     set_state_dict(
-        state.model, state.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
+        state.model,
+        state.optimizers,
+        model_state_dict=values["model"],
+        optim_state_dict=values["optimizer"],
+        options=StateDictOptions(strict=False),  # frozen parameters are not there; `load` has missed no other
     )
     state.ema = values["ema"]
     state.step = int(values["step"])
@@ -84,5 +88,6 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    model, optimizer = get_state_dict(state.model, state.optimizers)
+    options = StateDictOptions(ignore_frozen_params=True)
+    model, optimizer = get_state_dict(state.model, state.optimizers, options=options)
     return {"model": model, "optimizer": optimizer, "ema": state.ema, "step": state.step}
