@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.chain import Recipe, SampleConfig
+from pipeline.chain import Recipe
 from pipeline.curate import CurateConfig
 from pipeline.distill_video import DistillVideoConfig
 from pipeline.encode import EncodeConfig
 from pipeline.evaluate import EvaluateConfig
-from pipeline.generate import GenerateConfig
 from pipeline.plan import PlanConfig
 from pipeline.toy import ToyConfig
 from pipeline.toy_scenes import VALUES
@@ -59,7 +58,7 @@ def toy_cpu() -> Recipe:
         ffn_dim=512,
         num_layers=4,
     )
-    generate = GenerateConfig(num_steps=20, guidance_scale=2.0)
+    guidance_scale = 2.0
     return Recipe(
         toy=ToyConfig(num_clips=3000),
         curate=CurateConfig(fps=8.0, max_frames=33, max_side_px=96, max_pixels_px=96 * 96),
@@ -77,6 +76,7 @@ def toy_cpu() -> Recipe:
             diffusion=DiffusionConfig(shift=3.0),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
             optimizer=OptimizerConfig(learning_rate=5e-3, matrix_learning_rate=0.05, num_steps=2000, ema_decay=0.995),
+            guidance_scale=guidance_scale,
         ),
         classifier=TrainClassifierConfig(
             model=LatentClassifierConfig(
@@ -93,13 +93,12 @@ def toy_cpu() -> Recipe:
             optimizer=OptimizerConfig(learning_rate=3e-3, matrix_learning_rate=0.03, num_steps=1000, ema_decay=0.99),
         ),
         distill=DistillVideoConfig(
-            distillation=DistillationConfig(guidance_scale=generate.guidance_scale, renoise_mean=-1.0, r1_weight=0.01),
+            distillation=DistillationConfig(guidance_scale=guidance_scale, renoise_mean=-1.0, r1_weight=0.01),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
             optimizer=OptimizerConfig(learning_rate=5e-4, num_steps=1000, weight_decay=0.0, ema_decay=0.99),
             heads_learning_rate=5e-3,
         ),
-        sample=SampleConfig(generate=generate),
-        evaluate=EvaluateConfig(num_prompts=200, generate=generate),
+        evaluate=EvaluateConfig(num_prompts=200),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=250, show_every=1000),
     )
 
@@ -107,7 +106,6 @@ def toy_cpu() -> Recipe:
 def smoke_cpu() -> Recipe:
     """A minute to see that every hop runs on this machine: the toy world with few clips and steps; it draws noise."""
     recipe = toy_cpu()
-    few = GenerateConfig(num_steps=4, guidance_scale=3.0)
     return replace(
         recipe,
         toy=replace(recipe.toy, num_clips=48),
@@ -116,11 +114,12 @@ def smoke_cpu() -> Recipe:
             recipe.video,
             dit=replace(recipe.video.dit, num_attention_heads=2, ffn_dim=128, num_layers=2),
             optimizer=replace(recipe.video.optimizer, num_steps=20),
+            num_steps=4,
         ),
         classifier=replace(recipe.classifier, optimizer=replace(recipe.classifier.optimizer, num_steps=10)),
         distill=replace(recipe.distill, optimizer=replace(recipe.distill.optimizer, num_steps=10)),
-        sample=replace(recipe.sample, num=4, generate=few),
-        evaluate=replace(recipe.evaluate, num_prompts=8, generate=few),
+        sample=replace(recipe.sample, num=4),
+        evaluate=replace(recipe.evaluate, num_prompts=8),
         workers=replace(recipe.workers, num_workers=1, cpus_per_worker=1, checkpoint_every=5, show_every=10),
     )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from pipeline import console, store
 from pipeline.curate import CurateConfig, curate
-from pipeline.distill_video import STUDENT_GUIDANCE, DistillVideoConfig, distill_video
+from pipeline.distill_video import DistillVideoConfig, distill_video
 from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
@@ -143,19 +142,7 @@ class Chain:
 
     def distill_and_show(self) -> store.Manifest:
         """The same with a student, in its few steps."""
-        student = self.student()
-        num_steps = self.recipe.distill.distillation.num_steps
-
-        def few(config: GenerateConfig) -> GenerateConfig:
-            return replace(config, num_steps=num_steps, guidance_scale=STUDENT_GUIDANCE)
-
-        sample = replace(self.recipe.sample, generate=few(self.recipe.sample.generate))
-        evaluate = replace(self.recipe.evaluate, generate=few(self.recipe.evaluate.generate))
-        shown = Chain(replace(self.recipe, sample=sample, evaluate=evaluate), self.source, self.storage)
-        manifest = shown._show(student)
-        flags = f"--sample.generate.num-steps {num_steps} --sample.generate.guidance-scale {STUDENT_GUIDANCE:g}"
-        console.say(f"sample: python jobs/sample_video.py --model {manifest.uri} {flags}")
-        return manifest
+        return self._show(self.student())
 
     def _show(self, model: Model) -> store.Manifest:
         samples = self.samples(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -79,6 +78,8 @@ def distill_video(
         diffusion=DiffusionConfig(**run.config["diffusion"]),
         plan=config.plan,
         optimizer=config.optimizer,
+        num_steps=config.distillation.num_steps,
+        guidance_scale=STUDENT_GUIDANCE,
         teacher_uri=teacher.uri,
         distillation=config.distillation,
         heads_learning_rate=config.heads_learning_rate,
@@ -120,7 +121,6 @@ class DistillTrainee(LatentTrainee):
     def __init__(self, task: DistillTask) -> None:
         super().__init__(task)
         self.distillation = task.distillation
-        self.sampling = {"num_steps": task.distillation.num_steps, "guidance_scale": STUDENT_GUIDANCE}
         teacher = VideoDiT.from_pretrained(task.teacher_uri)
         self.model = AdversarialDistillation(copy.deepcopy(teacher), teacher, task.distillation, task.diffusion)
         self.loss_function = distillation_losses
@@ -137,9 +137,4 @@ class DistillTrainee(LatentTrainee):
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """The student's model folder, which tells how it is meant to be sampled."""
         student = {name.removeprefix(STUDENT): value for name, value in averaged.items() if name.startswith(STUDENT)}
-        figures = super().export(folder, student)
-        place = folder, "scheduler", "scheduler_config.json"
-        meant = {"num_inference_steps": self.distillation.num_steps, "guidance_scale": STUDENT_GUIDANCE}
-        scheduler = {**json.loads(weights.read_bytes(*place)), **meant}
-        weights.write_bytes((json.dumps(scheduler, indent=2) + "\n").encode(), *place)
-        return figures
+        return super().export(folder, student)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline import media, store
 from pipeline.request_files import from_json, to_json
 from pipeline.train import Model
+from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.generator import GenerationRequest, Generator, Limits, read_limits
 from video_dit.long_videos import check_windows, long_videos
 
@@ -28,10 +29,12 @@ class GenerateConfig:
     """How videos are made from requests. Resources do not change the result.
 
     Attributes:
-        num_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 is none.
+        num_steps: denoising steps; None is the model's own number.
+        guidance_scale: classifier-free guidance; 1 is none, None the model's own scale.
+        guidance: its refinements.
         seed: of the first video; the next ones count up.
         sampler: "euler", "heun", "dpmpp_2m", "unipc", "ddim" or "ddpm".
+        cache_threshold: change up to which most of the model is not run in a step: faster, not exact; 0.1 is a start.
         window_frames: most frames that are made at once; longer videos are made in windows that go on from each other.
             None makes every video whole.
         overlap_frames: frames that a window goes on from.
@@ -40,10 +43,12 @@ class GenerateConfig:
         gpus_per_actor: 0 runs on the CPU.
     """
 
-    num_steps: int = 20
-    guidance_scale: float = 4.0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
     seed: int = 0
     sampler: str = "euler"
+    cache_threshold: float = 0.0
     window_frames: int | None = None
     overlap_frames: int = 9
     requests_per_batch: int = 16
@@ -63,16 +68,21 @@ class GenerateConfig:
             width_px=width_px,
             num_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
+            guidance=self.guidance,
             seed=self.seed + number,
             sampler=self.sampler,
+            cache_threshold=self.cache_threshold,
         )
 
-    def check(self, requests: Sequence[GenerationRequest], limits: Limits) -> None:
-        """Raise ValueError, naming field, value and fix, for what the model cannot make."""
+    def complete(self, requests: Sequence[GenerationRequest], limits: Limits) -> list[GenerationRequest]:
+        """The requests with the model's own settings where they name none.
+
+        Raises:
+            ValueError: for what the model cannot make, naming field, value and fix.
+        """
         if self.window_frames is not None:
             check_windows(self.window_frames, self.overlap_frames, limits.stride.t)
-        for request in requests:
-            limits.check(request)
+        return [limits.complete(request) for request in requests]
 
     def make(self, generator: Generator, requests: Sequence[GenerationRequest]) -> list[Tensor]:
         """The videos of one batch, in windows if there are any."""
@@ -142,7 +152,7 @@ def generate(
         judge: what is said of each video; picklable, as is `make`.
         make: (generator, requests) -> videos, of one batch; None makes what the requests say, as `config.make` does.
     """
-    config.check(requests, read_limits(model_uri))
+    requests = config.complete(requests, read_limits(model_uri))
     in_order = sorted(range(len(requests)), key=lambda n: requests[n].shape)  # equal shapes share attention batches
     rows = [{"number": n, "request": json.dumps(_write_frames(requests[n], folder))} for n in in_order]
     resources = ray.cluster_resources()

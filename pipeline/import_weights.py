@@ -49,6 +49,7 @@ class ImportConfig:
         dtype: of the written weights; without it they stay as they are.
         shift: of the sampling schedule. Wan's: 3 for 480p, 5 for 720p.
         fps: frames per second of the videos. Wan 2.1: 16; Wan 2.2 TI2V-5B: 24.
+        num_steps, guidance_scale: what the model is sampled with where nothing else is asked.
     """
 
     out: str
@@ -60,6 +61,8 @@ class ImportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     shift: float = 5.0
     fps: float = 16.0
+    num_steps: int = 50
+    guidance_scale: float = 5.0
 
     def __post_init__(self) -> None:
         if not (self.transformer or self.vae or self.text_encoder):
@@ -128,7 +131,12 @@ def import_weights(config: ImportConfig) -> list[Imported]:
         ]
         written = [_write(plan, config.out, dtype) for plan in plans]
     models = [part for part in ("transformer", "vae") if _has(config.out, part)]
-    sampling = SamplingConfig(schedule=RectifiedFlow(shift=config.shift), fps=config.fps)
+    sampling = SamplingConfig(
+        schedule=RectifiedFlow(shift=config.shift),
+        fps=config.fps,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+    )
     save_pipeline_parts(config.out, text, sampling, models)
     return written
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import store
+from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.requests import Condition, Edit, GenerationRequest
 
 Files = dict[str, bytes]
@@ -29,10 +30,16 @@ def to_json(request: GenerationRequest) -> tuple[dict[str, Any], Files]:
         return name
 
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    fields["guidance"] = dataclasses.asdict(request.guidance)
     fields["conditions"] = [{"frames": name_of(given.frames), "start": given.start} for given in request.conditions]
     if request.edit:
         fields["edit"] = {"frames": name_of(request.edit.frames), "sigma": request.edit.sigma}
     return fields, files
+
+
+def no_files(name: str) -> bytes:
+    """`read` for requests that give no frames."""
+    raise FileNotFoundError(f"{name}: the request came without its files")
 
 
 def from_json(fields: dict[str, Any], read: Callable[[str], bytes]) -> GenerationRequest:
@@ -41,6 +48,7 @@ def from_json(fields: dict[str, Any], read: Callable[[str], bytes]) -> Generatio
     def with_frames(values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "frames": torch.from_numpy(np.load(io.BytesIO(read(values["frames"])), allow_pickle=False))}
 
+    guidance = GuidanceOptions(**fields["guidance"])
     conditions = tuple(Condition(**with_frames(values)) for values in fields["conditions"])
     edit = Edit(**with_frames(fields["edit"])) if fields["edit"] else None
-    return GenerationRequest(**{**fields, "conditions": conditions, "edit": edit})
+    return GenerationRequest(**{**fields, "guidance": guidance, "conditions": conditions, "edit": edit})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,12 +33,15 @@ class TrainVideoConfig:
         diffusion: schedule, target, noise levels and caption dropout.
         plan: token budget and batch; `quadratic_tokens` is best 2 d + ffn_dim.
         optimizer: learning rate and length.
+        num_steps, guidance_scale: what the model folder tells to be sampled with.
     """
 
     dit: VideoDiTConfig = dataclasses.field(default_factory=VideoDiTConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    num_steps: int = SamplingConfig.num_steps
+    guidance_scale: float = SamplingConfig.guidance_scale
 
 
 def train_video(
@@ -64,6 +66,8 @@ def train_video(
         diffusion=config.diffusion,
         plan=config.plan,
         optimizer=config.optimizer,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
     )
     return store.publish_once(
         storage,
@@ -101,6 +105,8 @@ class LatentTask:
     diffusion: DiffusionConfig
     plan: PlanConfig
     optimizer: OptimizerConfig
+    num_steps: int
+    guidance_scale: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +119,7 @@ class VideoTask(LatentTask):
 
 
 class LatentTrainee:
-    """What trainings of a transformer on LATENTS share; see `pipeline.train.Trainee`.
-
-    Attributes:
-        sampling: fields of the requests that show what the model makes.
-    """
-
-    sampling: Mapping[str, Any] = {}
+    """What trainings of a transformer on LATENTS share; see `pipeline.train.Trainee`."""
 
     def __init__(self, task: LatentTask) -> None:
         manifest = store.Manifest.load(task.latents_uri)
@@ -154,8 +154,13 @@ class LatentTrainee:
             shell = VideoDiT(self.task.dit)
         weights.save_model(shell, folder, "transformer", state=averaged)
         VideoVAE.from_pretrained(self.encoder_folder).save_pretrained(folder)
-        diffusion = self.task.diffusion
-        sampling = SamplingConfig(schedule=diffusion.schedule, target=diffusion.target, fps=self.data.fps)
+        sampling = SamplingConfig(
+            schedule=self.task.diffusion.schedule,
+            target=self.task.diffusion.target,
+            fps=self.data.fps,
+            num_steps=self.task.num_steps,
+            guidance_scale=self.task.guidance_scale,
+        )
         save_pipeline_parts(folder, self.text, sampling)
         num_parameters = sum(value.numel() for value in averaged.values())
         return {"num_parameters": num_parameters, "num_samples": len(self.data)}
@@ -173,7 +178,6 @@ class LatentTrainee:
                     height_px=shape.h,
                     width_px=shape.w,
                     seed=number,
-                    **self.sampling,
                 )
             )
         videos = generator(requests)

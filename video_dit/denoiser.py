@@ -7,30 +7,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from video_dit.diffusion.guidance import classifier_free
+from video_dit.diffusion.guidance import Guidance
+from video_dit.diffusion.schedules import Level, Schedule
 from video_dit.model import VideoDiT
 from video_dit.packing import PackedBatch, concatenate
+from video_dit.step_cache import StepCache
 
 
 class GuidedDenoiser:
-    """A transformer under classifier-free guidance: both halves in one packed forward, a scale for each sample.
+    """A transformer under classifier-free guidance, both halves in one packed forward; one for each sampling.
+
+    The unconditional half holds the samples that have guidance, and is left out at noise levels where none has.
 
     Args:
         dit: the transformer.
         packed: the samples; its tokens and timesteps are not used.
         negative: what guidance leads away from, (s, d) a sample, in the order of the list given to `pack`.
-        scales: of guidance, in that order; 1 is none.
+        guidance: of the samples, in the pack's order.
+        schedule: the one that timesteps belong to.
+        is_given: bool n 1, tokens that the video has already, which guidance leaves out.
+        cache_thresholds: see `StepCache`, one a sample, in the pack's order; None runs all blocks in every step.
     """
 
-    def __init__(self, dit: VideoDiT, packed: PackedBatch, negative: Sequence[Tensor], scales: Sequence[float]) -> None:
-        self.dit = dit
-        self.guided = any(scale != 1 for scale in scales)
-        self.packed = concatenate(packed, packed.with_texts(negative)) if self.guided else packed
-        lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
-        in_order = torch.tensor([scales[place] for place in packed.order])
-        self.scale = in_order.repeat_interleave(lengths)[:, None].to(packed.tokens.device)  # n 1
+    def __init__(
+        self,
+        dit: VideoDiT,
+        packed: PackedBatch,
+        negative: Sequence[Tensor],
+        guidance: Guidance,
+        schedule: Schedule,
+        is_given: Tensor | None = None,
+        cache_thresholds: Sequence[float] | None = None,
+    ) -> None:
+        self.dit, self.packed, self.guidance, self.schedule = dit, packed, guidance, schedule
+        self.is_given = torch.zeros_like(packed.tokens[:, :1], dtype=torch.bool) if is_given is None else is_given
+        guided = [place for place, scale in enumerate(guidance.scales) if scale != 1]
+        self.guided_tokens = (guidance.scale[:, 0] != 1).nonzero()[:, 0]
+        self.guided_frames = packed.frame_of_token[self.guided_tokens].unique_consecutive()
+        self.both = concatenate(packed, packed.with_texts(negative).select(guided)) if guided else packed
         frames = torch.arange(packed.timesteps.shape[0], device=packed.tokens.device)
         self.first_tokens = torch.searchsorted(packed.frame_of_token, frames)  # f: all tokens of a frame are alike
+        thresholds = cache_thresholds or [0.0] * len(packed.grids)
+        self.cache = StepCache([*thresholds, *(thresholds[place] for place in guided)]) if any(thresholds) else None
 
     def __call__(self, tokens: Tensor, timestep: Tensor) -> Tensor:
         """The guided prediction, n (c pt ph pw).
@@ -39,9 +57,25 @@ class GuidedDenoiser:
             tokens: n (c pt ph pw).
             timestep: in [0, 1000]: a number, or n 1, the same for all tokens of a frame.
         """
-        timesteps = timestep.float().to(tokens.device).expand(tokens.shape[0], 1)[self.first_tokens, 0]  # f
-        if not self.guided:
-            return self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps))
-        both = self.packed.replace(tokens=torch.cat([tokens, tokens]), timesteps=torch.cat([timesteps, timesteps]))
-        conditional, unconditional = self.dit(both).chunk(2)
-        return classifier_free(conditional, unconditional, self.scale)
+        timestep = timestep.to(tokens.device).expand(tokens.shape[0], 1)
+        timesteps = timestep.float()[self.first_tokens, 0]  # f
+        sigma = self.schedule.sigma_of(timestep)
+        level = self.schedule.level(sigma.masked_fill(self.is_given, float(sigma.max())))  # theirs does not matter
+        if self.guidance.is_needed(level.sigma):
+            prediction = self._guide(tokens, timesteps, level)
+        else:
+            prediction = self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps), self.cache)
+        return self.guidance.start_from_rest(tokens, prediction, level)
+
+    def _guide(self, tokens: Tensor, timesteps: Tensor, level: Level) -> Tensor:
+        both = self.both.replace(
+            tokens=torch.cat([tokens, tokens[self.guided_tokens]]),
+            timesteps=torch.cat([timesteps, timesteps[self.guided_frames]]),
+        )
+        predictions = self.dit(both, self.cache)
+        conditional, others = predictions.split([len(tokens), len(self.guided_tokens)])
+        unconditional = conditional.index_copy(0, self.guided_tokens, others)
+        x, conditional, unconditional = (
+            values.masked_fill(self.is_given, 0) for values in (tokens, conditional, unconditional)
+        )
+        return self.guidance(x, conditional, unconditional, level)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from video_dit import weights
 from video_dit.denoiser import GuidedDenoiser
+from video_dit.diffusion.guidance import Guidance
 from video_dit.diffusion.levels import of_size, sigmas_from
 from video_dit.diffusion.sampling import Denoise, sample
 from video_dit.given_frames import encode_frames, given_latents, hold_clean, put_back
@@ -47,7 +48,7 @@ def read_limits(url: str) -> Limits:
     _check_one_transformer(url)
     dit: VideoDiTConfig = weights.read_config(VideoDiTConfig, url, "transformer")
     vae: VideoVAEConfig = weights.read_config(VideoVAEConfig, url, "vae")
-    return _limits(dit, vae, read_scheduler(url).fps)
+    return _limits(dit, vae, read_scheduler(url))
 
 
 def _check_one_transformer(url: str) -> None:
@@ -59,14 +60,17 @@ def _check_one_transformer(url: str) -> None:
         )
 
 
-def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, fps: float) -> Limits:
+def _limits(dit: VideoDiTConfig, vae: VideoVAEConfig, sampling: SamplingConfig) -> Limits:
     if dit.in_channels != vae.z_dim or dit.image_dim is not None:
         raise ValueError(
             f"in_channels={dit.in_channels}, image_dim={dit.image_dim}: must be the VAE's z_dim={vae.z_dim} and None; "
             "a transformer that takes images besides noise is driven from Python, no request can give them yet"
         )
     return Limits(
-        stride=Stride(vae.stride.t * dit.patch.t, vae.stride.h * dit.patch.h, vae.stride.w * dit.patch.w), fps=fps
+        stride=Stride(vae.stride.t * dit.patch.t, vae.stride.h * dit.patch.h, vae.stride.w * dit.patch.w),
+        fps=sampling.fps,
+        num_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
     )
 
 
@@ -75,7 +79,7 @@ class Generator:
 
     def __init__(self, dit: VideoDiT, vae: VideoVAE, text: TextEncoder, sampling: SamplingConfig) -> None:
         self.dit, self.vae, self.text, self.sampling = dit.eval(), vae.eval(), text, sampling
-        self.limits = _limits(dit.config, vae.config, sampling.fps)
+        self.limits = _limits(dit.config, vae.config, sampling)
 
     @classmethod
     def from_pretrained(cls, url: str, device: str | torch.device = "cpu") -> Generator:
@@ -121,8 +125,7 @@ class Generator:
         Raises:
             ValueError: a request the model cannot make, or requests of different num_steps or samplers.
         """
-        for request in requests:
-            self.check(request)
+        requests = [self.limits.complete(request) for request in requests]
         for name in ("num_steps", "sampler"):
             if len({getattr(request, name) for request in requests}) != 1:
                 raise ValueError(f"requests of one batch need the same {name}")
@@ -140,29 +143,42 @@ class Generator:
         starts = [self._start(request, levels[0]) for request, levels in zip(requests, sigmas, strict=True)]
         texts = self.text([request.prompt for request in requests])
         packed = pack(starts, [1000.0] * len(starts), texts, self.dit.config.patch).to(self._device)
-        negative = self.text([request.negative_prompt for request in requests])
-        denoise: Denoise = GuidedDenoiser(self.dit, packed, negative, [request.guidance_scale for request in requests])
-        if guide:
-            denoise = guide(denoise, packed)
         given = [given_latents(self.vae, request) for request in requests]
         clean = _to_tokens(packed, [latents for latents, _ in given])  # n (c pt ph pw)
         mask = _to_tokens(packed, [mask for _, mask in given]).all(dim=1, keepdim=True)  # n 1
+        denoise: Denoise = self._denoiser(requests, packed, mask)
+        if guide:
+            denoise = guide(denoise, packed)
         tokens = sample(
             hold_clean(denoise, mask, clean),
             packed.tokens,
             schedule=self.sampling.schedule,
             target=self.sampling.target,
             sampler=requests[0].sampler,
-            sigmas=_repeat_for_tokens(packed, sigmas),
+            sigmas=packed.per_token(torch.stack(sigmas)).T[..., None],
             draw_noise=lambda step: _to_tokens(packed, [self._noise(request, step) for request in requests]),
             on_step=on_step,
         )
         return packed.unpack(torch.where(mask, clean, tokens))
 
+    def _denoiser(self, requests: Sequence[GenerationRequest], packed: PackedBatch, is_given: Tensor) -> GuidedDenoiser:
+        in_order = [requests[place] for place in packed.order]
+        guidance = Guidance(
+            [request.guidance_scale or 0.0 for request in in_order],  # complete requests have one
+            [request.guidance for request in in_order],
+            packed.lengths,
+            self.sampling.target,
+            self._device,
+        )
+        negative = self.text([request.negative_prompt for request in requests])
+        thresholds = [request.cache_threshold for request in in_order]
+        return GuidedDenoiser(self.dit, packed, negative, guidance, self.sampling.schedule, is_given, thresholds)
+
     def _sigmas(self, request: GenerationRequest) -> Tensor:
         """The noise levels that a request's video goes through, num_steps + 1, float64."""
         num_tokens = request.shape.latent(self.vae.config.stride).grid(self.dit.config.patch).num_tokens
         schedule = of_size(self.sampling.schedule, num_tokens)
+        assert request.num_steps is not None  # it is complete
         if request.edit is None:
             return schedule.sigmas(request.num_steps)
         return sigmas_from(schedule, request.edit.sigma, request.num_steps)
@@ -191,12 +207,6 @@ class Generator:
 def _to_tokens(packed: PackedBatch, samples: Sequence[Tensor]) -> Tensor:
     """c t h w of each sample, in the order of the list given to `pack`, to n (c pt ph pw)."""
     return torch.cat([patchify(samples[place], packed.patch) for place in packed.order])
-
-
-def _repeat_for_tokens(packed: PackedBatch, levels: Sequence[Tensor]) -> Tensor:
-    """The noise levels of each sample, in the order of the list given to `pack`, for each of its tokens: levels n 1."""
-    lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
-    return torch.stack([levels[place] for place in packed.order], dim=1).repeat_interleave(lengths, dim=1)[..., None]
 
 
 def video_to_u8(video: Tensor) -> Tensor:

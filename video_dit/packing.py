@@ -62,9 +62,18 @@ class PackedBatch:
         return self.tokens.shape[0]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, in packed order."""
+        return [grid.num_tokens for grid in self.grids]
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Values of the samples, b ... in the order of the caller's list, for each token of a whole pack: n ..."""
+        return values[list(self.order)].repeat_interleave(torch.tensor(self.lengths, device=values.device), dim=0)
+
+    @property
     def has_equal_frames(self) -> bool:
         """Whether all frames have equally many tokens, and all of them are here."""
-        is_whole = self.num_tokens == sum(grid.num_tokens for grid in self.grids)
+        is_whole = self.num_tokens == sum(self.lengths)
         return is_whole and len({grid.h * grid.w for grid in self.grids}) == 1
 
     @property
@@ -102,7 +111,7 @@ class PackedBatch:
             self,
             text=torch.cat(packed_texts).to(self.text),
             text_lengths=text_lengths,
-            cross_segments=Segments.of([grid.num_tokens for grid in self.grids], text_lengths),
+            cross_segments=Segments.of(self.lengths, text_lengths),
         )
 
     def select(self, chosen: Sequence[int]) -> PackedBatch:
@@ -117,7 +126,7 @@ class PackedBatch:
         return [
             Sample(*parts)
             for parts in zip(
-                self.tokens.split([grid.num_tokens for grid in self.grids]),
+                self.tokens.split(self.lengths),
                 self.timesteps.split([grid.t for grid in self.grids]),
                 self.text.split(list(self.text_lengths)),
                 self.grids,
@@ -134,7 +143,7 @@ class PackedBatch:
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Tokens n (c pt ph pw) back to latents (c, t, h, w), in the order they were given to `pack`."""
         latents: list[Tensor] = [tokens] * len(self.grids)
-        parts = tokens.split([grid.num_tokens for grid in self.grids])
+        parts = tokens.split(self.lengths)
         for place, part, grid in zip(self.order, parts, self.grids, strict=True):
             latents[place] = unpatchify(part, grid, self.patch)
         return latents

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.diffusion.samplers import SAMPLERS
 from video_dit.shapes import Stride, VideoShape
 
@@ -83,11 +84,14 @@ class GenerationRequest:
         prompt: what it shows.
         height_px, width_px: sides, multiples of the model's stride.
         num_frames: 1 (an image) or 1 + a multiple of the model's temporal stride.
-        num_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 is none.
+        num_steps: denoising steps; None is the model's own number.
+        guidance_scale: classifier-free guidance; 1 is none, None the model's own scale.
+        guidance: its refinements.
         negative_prompt: what guidance leads away from; empty is the unconditional model.
         seed: the same request with the same seed gives the same video.
         sampler: a name in `video_dit.diffusion.samplers.SAMPLERS`.
+        cache_threshold: relative change up to which most of the model is not run in a step; see `StepCache`. 0 always
+            runs it; above 0 is faster and not exact.
         conditions: frames that the video must hold, at their places.
         edit: a video to start from, instead of noise alone.
         loop: whether the video leads back to its beginning, which must be given: repeated, it has no seam.
@@ -97,20 +101,24 @@ class GenerationRequest:
     height_px: int
     width_px: int
     num_frames: int
-    num_steps: int = 20
-    guidance_scale: float = 4.0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
     negative_prompt: str = ""
     seed: int = 0
     sampler: str = "euler"
+    cache_threshold: float = 0.0
     conditions: tuple[Condition, ...] = ()
     edit: Edit | None = None
     loop: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conditions", tuple(self.conditions))  # JSON has lists
-        if self.num_steps < 1:
+        if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps}: must be at least 1")
-        if not 0 <= self.guidance_scale <= 100:
+        if self.cache_threshold < 0:
+            raise ValueError(f"cache_threshold={self.cache_threshold}: must be at least 0, which caches nothing")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale={self.guidance_scale}: must be between 0 and 100; 1 is no guidance")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r}: known are {', '.join(SAMPLERS)}")
@@ -162,10 +170,26 @@ class Limits:
     Attributes:
         stride: frames, rows and columns that one token covers: sides are multiples, frames 1 + a multiple.
         fps: frames per second of the clips it was trained on.
+        num_steps, guidance_scale: what it is meant to be sampled with.
     """
 
     stride: Stride
     fps: float
+    num_steps: int = 20
+    guidance_scale: float = 4.0
+
+    def complete(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the model's own number of steps and scale where it names none.
+
+        Raises:
+            ValueError: the model cannot make this; see `check`.
+        """
+        self.check(request)
+        return dataclasses.replace(
+            request,
+            num_steps=self.num_steps if request.num_steps is None else request.num_steps,
+            guidance_scale=self.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        )
 
     def check(self, request: GenerationRequest) -> None:
         """Raise ValueError, naming field, value and fix, if the model cannot make this."""

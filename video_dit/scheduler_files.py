@@ -6,7 +6,8 @@ The file is diffusers' own, so that its schedulers load ours and ours are read f
     RectifiedFlow, others       UniPCMultistepScheduler: use_flow_sigmas, flow_shift, prediction_type
     BetaSchedule                DDIMScheduler: beta_schedule, betas, rescale_betas_zero_snr, prediction_type
 
-Two keys are ours, and diffusers passes over them: `fps`, and `base_tokens` of a flow whose shift depends on the size.
+Four keys are ours, and diffusers passes over them: `fps`, `num_inference_steps` and `guidance_scale`, and `base_tokens`
+of a flow whose shift depends on the size.
 """
 
 from __future__ import annotations
@@ -44,17 +45,26 @@ PUBLISHED_SCHEDULES: dict[str, BetaScheduleClass] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """What sampling must know of a training.
+    """What sampling must know of a training, and what it does where a request says nothing.
 
     Attributes:
         schedule: how data and noise were mixed.
         target: what the transformer predicts.
         fps: frames per second of the clips.
+        num_steps, guidance_scale: what the model is meant to be sampled with.
     """
 
     schedule: Schedule
     target: Target = "velocity"
     fps: float = 16.0
+    num_steps: int = 20
+    guidance_scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps}: must be at least 1")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: must be at least 0; 1 is none")
 
 
 def write_scheduler(url: str, sampling: SamplingConfig) -> str:
@@ -64,7 +74,12 @@ def write_scheduler(url: str, sampling: SamplingConfig) -> str:
         ValueError: a schedule that diffusers has no name for.
     """
     values = _values(sampling.schedule, sampling.target)
-    data = json.dumps({**values, "fps": sampling.fps}, indent=2) + "\n"
+    meant = {
+        "fps": sampling.fps,
+        "num_inference_steps": sampling.num_steps,
+        "guidance_scale": sampling.guidance_scale,
+    }
+    data = json.dumps({**values, **meant}, indent=2) + "\n"
     weights.write_bytes(data.encode(), url, *FILE)
     return str(values["_class_name"])
 
@@ -81,7 +96,13 @@ def read_scheduler(url: str) -> SamplingConfig:
         schedule, target = _schedule(values), _target(values)
     except ValueError as error:
         raise ValueError(f"{'/'.join((url.rstrip('/'), *FILE))}: {error}") from None
-    return SamplingConfig(schedule=schedule, target=target, fps=float(values.get("fps", SamplingConfig.fps)))
+    return SamplingConfig(
+        schedule=schedule,
+        target=target,
+        fps=float(values.get("fps", SamplingConfig.fps)),
+        num_steps=int(values.get("num_inference_steps", SamplingConfig.num_steps)),
+        guidance_scale=float(values.get("guidance_scale", SamplingConfig.guidance_scale)),
+    )
 
 
 def _values(schedule: Schedule, target: Target) -> dict[str, Any]:

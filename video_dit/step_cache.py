@@ -44,7 +44,7 @@ class StepCache:
 
     def run_blocks(self, model: VideoDiT, x: Tensor, packed: PackedBatch, time: Tensor) -> Tensor:
         """As `VideoDiT.run_blocks`, nearly: x n d and time f d to n d."""
-        lengths = [grid.num_tokens for grid in packed.grids]
+        lengths = packed.lengths
         after_first = model.run_blocks(x, packed, time, slice(1))  # n d
         firsts = (after_first - x).split(lengths)
         stale = [place for place, first in enumerate(firsts) if self._is_stale(place, first)]

@@ -29,7 +29,8 @@ class ServeConfig:
         max_attempts: workers that may die on one job before it fails.
         max_queue: waiting jobs; one more is refused with 429.
         keep_s: how long a finished job and its files are kept; 0 keeps them until they are deleted.
-        height_px, width_px, seconds, num_steps, guidance_scale: what a request gets that does not say.
+        height_px, width_px, seconds: what a request gets that does not say.
+        num_steps, guidance_scale: likewise; None is the model's own.
         max_pixels_per_request: frames x rows x columns.
         max_steps: denoising steps of a request.
         max_prompt_chars: characters of a prompt.
@@ -57,8 +58,8 @@ class ServeConfig:
     height_px: int = 64
     width_px: int = 64
     seconds: float = 2.0
-    num_steps: int = 20
-    guidance_scale: float = 4.0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
     max_pixels_per_request: int = 81 * 720 * 1280
     max_steps: int = 100
     max_prompt_chars: int = 4000
@@ -69,19 +70,21 @@ class ServeConfig:
     def __post_init__(self) -> None:
         positive = (
             "num_workers num_ingress lease_s poll_s attempt_timeout_s max_attempts max_queue height_px width_px "
-            "seconds num_steps max_pixels_per_request max_steps max_prompt_chars max_body_bytes"
+            "seconds max_pixels_per_request max_steps max_prompt_chars max_body_bytes"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
-        for name in ("cpus_per_worker", "gpus_per_worker", "keep_s", "guidance_scale"):
+        for name in ("cpus_per_worker", "gpus_per_worker", "keep_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative")
         for name in ("model", "storage"):
             if not getattr(self, name):
                 raise ValueError(f"{name}='' must be a folder URL")
-        if self.num_steps > self.max_steps:
-            raise ValueError(f"num_steps={self.num_steps} must not be above max_steps={self.max_steps}")
+        if self.num_steps is not None and not 0 < self.num_steps <= self.max_steps:
+            raise ValueError(f"num_steps={self.num_steps} must be above 0 and not above max_steps={self.max_steps}")
+        if self.guidance_scale is not None and not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale!r} must not be negative")
         if any(not key for key in self.api_keys):
             raise ValueError("api_keys holds an empty key: every key must have at least one character")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import secrets
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.request_files import from_json, no_files, to_json
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.database import Job, NewJob, Status
 from pipeline.serve.http_errors import ApiError, invalid
@@ -101,7 +101,7 @@ class VideoDeleted(BaseModel):
 
 def video(job: Job) -> Video:
     """What a client sees of a job."""
-    request = GenerationRequest(**job.request)
+    request = from_json(job.request, no_files)
     done = job.status == Status.COMPLETED
     failed = VideoError(code=job.error_code or "", message=job.error_message or "")
     return Video(
@@ -153,10 +153,10 @@ def new_job(
         idempotency_key=idempotency_key,
         body_hash=content_hash(fields, length=64),
         model=config.name,
-        request=dataclasses.asdict(request),
+        request=to_json(request)[0],
         seconds=seconds,
         fps=fps,
-        steps_total=request.num_steps,
+        steps_total=request.num_steps or 0,
     )
 
 
@@ -180,7 +180,7 @@ def _request(body: VideoCreate, config: ServeConfig, limits: Limits, fps: float)
             negative_prompt=body.negative_prompt,
             seed=secrets.randbits(32) if body.seed is None else body.seed,
         )
-        limits.check(request)
+        request = limits.complete(request)
     except ValueError as error:
         raise ApiError(400, "invalid_value", str(error), _param(str(error), body)) from None
     _check_request(request, body, config)

@@ -19,11 +19,12 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import __version__
+from pipeline.request_files import from_json, no_files
 from pipeline.serve import files
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.database import ErrorCode, Job
 from pipeline.serve.jobs import JobStore, LeaseLostError
-from video_dit.generator import GenerationRequest, Generator
+from video_dit.generator import Generator
 
 PROGRESS_PERIOD_S = 0.5  # between two writes of progress; a cancelled job is noticed at every step
 SWEEP_PERIOD_S = 60.0
@@ -114,7 +115,7 @@ class Worker:
     def _generate(self, job: Job) -> torch.Tensor | None:
         """The video, uint8 t h w 3, or None if the job failed by its own fault."""
         try:
-            return self._generator([GenerationRequest(**job.request)], on_step=self._on_step(job))[0]
+            return self._generator([from_json(job.request, no_files)], on_step=self._on_step(job))[0]
         except (LeaseLostError, WorkerStoppingError, SQLAlchemyError, torch.AcceleratorError):
             raise  # not the job's fault; after an accelerator's error the whole process is of no more use
         except ValueError as error:

@@ -8,6 +8,7 @@ import torch
 from random_pipeline import noise_u8, request, save_random_pipeline
 
 from video_dit import conditions
+from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.diffusion.samplers import SAMPLERS
 from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
 from video_dit.generator import Generator, read_limits, video_to_u8
@@ -34,6 +35,40 @@ def test_seed_prompt_and_guidance_each_matter(generator):
         assert not torch.equal(generator([other])[0], first)
     negative = generator([request(negative_prompt="a blue square")])[0]
     assert not torch.equal(negative, first)
+
+
+def latents_of(generator, requests):
+    """What is decoded, c t h w each: bytes hide small differences, or make them large."""
+    with torch.inference_mode():
+        return generator._sample([generator.limits.complete(asked) for asked in requests], None, None)
+
+
+def test_every_setting_reaches_the_model_and_no_other_sample(generator):
+    settings = [
+        {"guidance": GuidanceOptions(interval=(0.5, 1.0))},
+        {"guidance": GuidanceOptions(rescale=0.7)},
+        {"guidance": GuidanceOptions(zero_star=True)},
+        {"guidance": GuidanceOptions(parallel=0.0, momentum=-0.5)},
+        {"cache_threshold": 1e6},
+    ]
+    requests = [request(seed=4, **fields) for fields in settings]
+    (plain,) = latents_of(generator, [request(seed=4)])
+    together = latents_of(generator, [request(seed=4), *requests])
+    torch.testing.assert_close(together[0], plain, rtol=0, atol=1e-5)
+    for asked, video in zip(requests, together[1:], strict=True):
+        (alone,) = latents_of(generator, [asked])
+        torch.testing.assert_close(video, alone, rtol=0, atol=1e-5)
+        assert (video - plain).abs().max() > 1e-4
+
+
+def test_a_model_has_steps_and_a_scale_of_its_own(tmp_path):
+    save_random_pipeline(tmp_path, num_steps=2, guidance_scale=1.5)
+    generator = Generator.from_pretrained(str(tmp_path))
+    asked = request(num_steps=None, guidance_scale=None)
+    completed = generator.limits.complete(asked)
+    assert (completed.num_steps, completed.guidance_scale) == (2, 1.5)
+    assert generator.limits.complete(request(guidance_scale=0.0)) == request(guidance_scale=0.0)
+    assert torch.equal(generator([asked])[0], generator([request(num_steps=2, guidance_scale=1.5)])[0])
 
 
 def test_progress_is_told_and_raising_cancels(generator):

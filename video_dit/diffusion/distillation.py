@@ -127,10 +127,10 @@ def distillation_batch(
     noise = pack(noises, [schedule.timestep(sigma) for sigma in noise_sigmas], texts, patch)
     return DistillationBatch(
         packed=packed,
-        sigma=_of_token(sigmas, packed),
+        sigma=packed.per_token(torch.stack(sigmas)[:, None]),
         data=torch.cat([patchify(latents[place], patch) for place in packed.order]),
         noise=noise,
-        noise_sigma=_of_token(noise_sigmas, packed),
+        noise_sigma=packed.per_token(torch.stack(noise_sigmas)[:, None]),
         unconditional=noise.with_texts([empty_text] * len(texts)),
     )
 
@@ -138,12 +138,6 @@ def distillation_batch(
 def _renoise_sigma(config: DistillationConfig, schedule: Schedule, key: tuple[int | str, ...]) -> Tensor:
     uniform = torch.tensor(keyed_uniform(*key, "renoise sigma"), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
     return schedule.sigma_at(logit_normal(uniform, config.renoise_mean, config.renoise_std))
-
-
-def _of_token(values: Sequence[Tensor], packed: PackedBatch) -> Tensor:
-    """A number for each sample, as n 1."""
-    lengths = torch.tensor([grid.num_tokens for grid in packed.grids])
-    return torch.stack([values[place] for place in packed.order]).repeat_interleave(lengths)[:, None]
 
 
 def predict_data(model: nn.Module, packed: PackedBatch, level: Level, target: Target) -> Tensor:

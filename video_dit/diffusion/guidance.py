@@ -41,6 +41,7 @@ class GuidanceOptions:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "interval", tuple(self.interval))  # JSON has lists
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"interval={self.interval}: must be two noise levels between 0 and 1, the lower one first")
@@ -137,7 +138,7 @@ class Guidance:
         device: torch.device | None = None,
     ) -> None:
         self.samples, self.target, self.options = Samples(lengths, device), target, options
-        self.scale = self._spread(scales)
+        self.scales, self.scale = scales, self._spread(scales)
         low, high = zip(*(option.interval for option in options), strict=True)
         self.low, self.high = self._spread(low), self._spread(high)
         self.zero_above = self._spread([option.zero_above for option in options])

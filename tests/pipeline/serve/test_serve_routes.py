@@ -166,7 +166,7 @@ def completed(config, client, data):
         ({"lease_s": 0}, "lease_s=0 must be above 0"),
         ({"keep_s": -1}, "keep_s=-1 must not be negative"),
         ({"model": ""}, "model='' must be a folder URL"),
-        ({"num_steps": 101}, "num_steps=101 must not be above max_steps=100"),
+        ({"num_steps": 101}, "num_steps=101 must be above 0 and not above max_steps=100"),
         ({"api_keys": ("",)}, "api_keys holds an empty key"),
     ],
 )
