@@ -17,7 +17,7 @@ from pipeline.toy import ToyConfig, make_toy_clips
 from pipeline.train import Model, WorkersConfig, model_folder, open_model
 from pipeline.train_classifier import TrainClassifierConfig, read_accuracy, train_classifier
 from pipeline.train_vae import TrainVaeConfig, train_vae
-from pipeline.train_video import TrainVideoConfig, train_video
+from pipeline.train_video import TrainVideoConfig, latents_of, train_video
 from video_dit.generator import GenerationRequest, read_limits
 
 
@@ -98,10 +98,11 @@ class Chain:
         return self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
 
     def classifier(self) -> store.Manifest:
-        """The trained classifier of the toy world's attributes."""
-        latents, config = self.latents(), self.recipe.classifier
+        """The trained classifier of the toy world's attributes; begins with the model."""
+        config, workers, model = self.recipe.classifier, self.recipe.workers, self.model()
         run = self._hop(
-            "train classifier", lambda: train_classifier(config, self.recipe.workers, latents, self.storage)
+            "train classifier",
+            lambda: train_classifier(config, workers, latents_of(model), self.storage, start=model),
         )
         console.accuracy_table(read_accuracy(run))
         return run

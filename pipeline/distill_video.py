@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline import store
-from pipeline.errors import ManifestError
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import Model, WorkersConfig, train
-from pipeline.train_video import LatentTask, LatentTrainee
+from pipeline.train_video import LatentTask, LatentTrainee, latents_of
 from video_dit import weights
 from video_dit.diffusion.distillation import (
     AdversarialDistillation,
@@ -66,14 +65,12 @@ def distill_video(
         ManifestError: a teacher that is not such a run's.
         ValueError: a config that does not fit the teacher, or workers that cannot share the storage.
     """
-    run = teacher.run
-    if run is None or run.verb != "train_video":
-        found = "no run is known" if run is None else f"{run.uri} is a run of {run.verb}"
-        raise ManifestError(f"{teacher.uri}: {found}: give the folder of a finished run of train_video as --model")
+    latents, run = latents_of(teacher), teacher.run
+    assert run is not None  # it has latents
     dit: VideoDiTConfig = weights.read_config(VideoDiTConfig, teacher.uri, "transformer")
     config.distillation.blocks_of(dit.num_layers)
     task = DistillTask(
-        latents_uri=run.parents[0]["uri"],
+        latents_uri=latents.uri,
         dit=dit,
         diffusion=DiffusionConfig(**run.config["diffusion"]),
         plan=config.plan,

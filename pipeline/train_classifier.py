@@ -13,7 +13,7 @@ from pipeline.feed import LatentDataset
 from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig, plan_epoch
 from pipeline.toy_scenes import VALUES, parse_caption
-from pipeline.train import WorkersConfig, model_folder, train
+from pipeline.train import Model, WorkersConfig, model_folder, train
 from video_dit import weights
 from video_dit.classifier import (
     TEXT_DIM,
@@ -24,6 +24,7 @@ from video_dit.classifier import (
     classifier_loss,
 )
 from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch
+from video_dit.model import VideoDiT
 from video_dit.packing import PackedBatch, pack
 from video_dit.random import keyed_normal, keyed_uniform
 from video_dit.training import OptimizerConfig
@@ -65,24 +66,34 @@ def train_classifier(
     workers: WorkersConfig,
     latents: store.Manifest,
     storage: str,
+    start: Model | None = None,
     name: str = "classifier",
 ) -> store.Manifest:
-    """Train, or return the run that the same call finished before; arguments as for `train_video`.
+    """Train, or return the run that the same call finished before.
 
     The result measures `accuracy_<attribute>_at_<sigma>` on the held-out clips; see `read_accuracy`.
+
+    Args:
+        config: decides the result.
+        workers: resources; do not.
+        latents: what `encode` published.
+        storage: root of all results; a file system that all workers share.
+        start: a diffusion model of the same sizes to begin with: it knows what latents show; None begins at random.
+        name: of the run.
 
     Raises:
         ValueError: a caption that states no toy scene, sizes that do not fit the latents, no clip to train on or to
             hold out, or workers that cannot share the storage.
     """
     _check_fits(config, latents)
-    task = ClassifierTask(latents_uri=latents.uri, config=config)
+    task = ClassifierTask(latents_uri=latents.uri, config=config, start_uri=start.uri if start else None)
+    task.new_model()  # fails here if the sizes do not fit
     return store.publish_once(
         storage,
         "train_classifier",
         name,
-        dataclasses.asdict(config),
-        [latents],
+        {**dataclasses.asdict(config), "start": start.name if start else None},
+        [latents, *(start.parents if start else ())],
         lambda folder: train(task, workers, folder, "classifier"),
     )
 
@@ -131,6 +142,7 @@ class ClassifierTask:
 
     latents_uri: str
     config: TrainClassifierConfig
+    start_uri: str | None = None
 
     @property
     def plan(self) -> PlanConfig:
@@ -141,6 +153,13 @@ class ClassifierTask:
     def optimizer(self) -> OptimizerConfig:
         """Learning rate and length."""
         return self.config.optimizer
+
+    def new_model(self) -> LatentClassifier:
+        """The classifier before its training."""
+        classifier = LatentClassifier(self.config.model)
+        if self.start_uri:
+            classifier.start_from(VideoDiT.from_pretrained(self.start_uri))
+        return classifier
 
     def build(self) -> ClassifierTrainee:
         """Open the latents and make the classifier."""
@@ -157,7 +176,7 @@ class ClassifierTrainee:
         is_measured = [is_held_out(clip_id, self.config.held_out_share) for clip_id in self.data.clip_ids]
         self.trained = [place for place, measured in enumerate(is_measured) if not measured]
         self.measured = [place for place, measured in enumerate(is_measured) if measured]
-        self.model = LatentClassifier(self.config.model)
+        self.model = task.new_model()
         self.patch = self.model.transformer.config.patch
         self.sizes = self._sizes(self.trained)
         self.loss_function = classifier_loss

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline import store
+from pipeline.errors import ManifestError
 from pipeline.feed import LatentDataset
 from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig
-from pipeline.train import WorkersConfig, train
+from pipeline.train import Model, WorkersConfig, train
 from video_dit import weights
 from video_dit.diffusion.losses import DiffusionBatch, DiffusionConfig, diffusion_batch, diffusion_loss
 from video_dit.generator import GenerationRequest, Generator, SamplingConfig, save_pipeline_parts
@@ -94,6 +95,19 @@ def encoder_folder(latents: store.Manifest) -> str:
     """The model folder whose VAE and text encoder made the latents."""
     _, model = latents.parents
     return store.join(model["uri"], latents.config["model"])
+
+
+def latents_of(model: Model) -> store.Manifest:
+    """What a model was trained on.
+
+    Raises:
+        ManifestError: it is not a finished run of `train_video`.
+    """
+    run = model.run
+    if run is None or run.verb != "train_video":
+        found = "no run is known" if run is None else f"{run.uri} is a run of {run.verb}"
+        raise ManifestError(f"{model.uri}: {found}: give the folder of a finished run of train_video as --model")
+    return store.Manifest.load(run.parents[0]["uri"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,26 @@ class LatentClassifier(nn.Module):
         parts = logits.split([len(names) for names in self.config.classes.values()], dim=1)
         return dict(zip(self.config.classes, parts, strict=True))
 
+    def start_from(self, dit: VideoDiT) -> None:
+        """Take over what a diffusion model has learned to see, all but its texts and its predictions.
+
+        Raises:
+            ValueError: the model has other sizes.
+        """
+        own = self.config.transformer
+        expected = dataclasses.replace(dit.config, out_channels=own.out_channels, text_dim=own.text_dim)
+        wrong = [
+            f"{field.name}={getattr(own, field.name)} (must be {getattr(expected, field.name)})"
+            for field in dataclasses.fields(own)
+            if getattr(own, field.name) != getattr(expected, field.name)
+        ]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: the classifier needs the sizes of the model that it starts from")
+        state = {
+            name: value for name, value in dit.state_dict().items() if not name.startswith(("text_mlp", "head.out"))
+        }
+        self.transformer.load_state_dict(state, strict=False)
+
     @property
     def blocks(self) -> nn.ModuleList:
         """What `parallelize` works on, block by block."""
