@@ -176,8 +176,10 @@ def classifier(scenes: Scenes, generator: Generator, guide: LatentClassifier) ->
 def packed_guidance(scenes: Scenes, generator: Generator) -> dict[str, Any]:
     """Both halves of guidance in one packed forward pass against two passes and the same formula."""
     found = {}
-    for name, size in (("one clip", 1), ("batch of 16", BATCH)):
-        requests = [generator.limits.complete(request) for request in scenes.middle_batch()[:size]]
+    scene = scenes.middle_batch()
+    larger = [dataclasses.replace(request, height_px=64, width_px=64, num_frames=17) for request in scene[:1]]
+    for name, chosen in (("one scene", scene[:1]), ("one of 17x64x64", larger), ("16 scenes", scene)):
+        requests, size = [generator.limits.complete(request) for request in chosen], len(chosen)
         texts = generator.text([request.prompt for request in requests])
         noise = [generator._noise(request) for request in requests]
         packed = pack(noise, [500.0] * size, texts, generator.dit.config.patch)

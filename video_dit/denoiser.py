@@ -41,12 +41,14 @@ class GuidedDenoiser:
     ) -> None:
         self.dit, self.packed, self.guidance, self.schedule = dit, packed, guidance, schedule
         self.is_given = torch.zeros_like(packed.tokens[:, :1], dtype=torch.bool) if is_given is None else is_given
+        self.any_given = bool(self.is_given.any())
         guided = [place for place, scale in enumerate(guidance.scales) if scale != 1]
         self.guided_tokens = (guidance.scale[:, 0] != 1).nonzero()[:, 0]
         self.guided_frames = packed.frame_of_token[self.guided_tokens].unique_consecutive()
         self.both = concatenate(packed, packed.with_texts(negative).select(guided)) if guided else packed
         frames = torch.arange(packed.timesteps.shape[0], device=packed.tokens.device)
         self.first_tokens = torch.searchsorted(packed.frame_of_token, frames)  # f: all tokens of a frame are alike
+        self.text_keys = dit.text_keys(self.both)
         thresholds = cache_thresholds or [0.0] * len(packed.grids)
         self.cache = StepCache([*thresholds, *(thresholds[place] for place in guided)]) if any(thresholds) else None
 
@@ -64,7 +66,8 @@ class GuidedDenoiser:
         if self.guidance.is_needed(level.sigma):
             prediction = self._guide(tokens, timesteps, level)
         else:
-            prediction = self.dit(self.packed.replace(tokens=tokens, timesteps=timesteps), self.cache)
+            own = self.packed.replace(tokens=tokens, timesteps=timesteps)
+            prediction = self.dit(own, self.cache, [keys.first(len(own.text)) for keys in self.text_keys])
         return self.guidance.start_from_rest(tokens, prediction, level)
 
     def _guide(self, tokens: Tensor, timesteps: Tensor, level: Level) -> Tensor:
@@ -72,10 +75,13 @@ class GuidedDenoiser:
             tokens=torch.cat([tokens, tokens[self.guided_tokens]]),
             timesteps=torch.cat([timesteps, timesteps[self.guided_frames]]),
         )
-        predictions = self.dit(both, self.cache)
+        predictions = self.dit(both, self.cache, self.text_keys)
         conditional, others = predictions.split([len(tokens), len(self.guided_tokens)])
-        unconditional = conditional.index_copy(0, self.guided_tokens, others)
-        x, conditional, unconditional = (
-            values.masked_fill(self.is_given, 0) for values in (tokens, conditional, unconditional)
-        )
+        is_whole = len(others) == len(conditional)
+        unconditional = others if is_whole else conditional.index_copy(0, self.guided_tokens, others)
+        x = tokens
+        if self.any_given:
+            x, conditional, unconditional = (
+                values.masked_fill(self.is_given, 0) for values in (tokens, conditional, unconditional)
+            )
         return self.guidance(x, conditional, unconditional, level)

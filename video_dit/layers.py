@@ -129,6 +129,17 @@ class ImageEmbedding(nn.Module):
         return self.mlp(images)  # m d
 
 
+class TextKeys(NamedTuple):
+    """What a block's cross-attention makes of texts: keys and values, s heads e each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def first(self, num_tokens: int) -> TextKeys:
+        """Those of the first text tokens."""
+        return TextKeys(self.keys[:num_tokens], self.values[:num_tokens])
+
+
 class CrossAttention(nn.Module):
     """Attention of a sample's tokens to its own text and, with `sees_images`, to its own images; the two add up."""
 
@@ -148,23 +159,25 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: Tensor | TextKeys,
         segments: Segments,
         images: Tensor | None = None,
         image_segments: Segments | None = None,
     ) -> Tensor:
         """n d, s d, perhaps m d -> n d."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # n heads e
-        y = self._attend(q, self.kv(text), self.norm_k, segments)
+        y = self.attend(q, *(text if isinstance(text, TextKeys) else self.text_keys(text)), segments)
         if images is not None and image_segments is not None:
-            y = y + self._attend(q, self.image_kv(images), self.norm_image_k, image_segments)
+            y = y + self.attend(q, *self._keys(self.image_kv(images), self.norm_image_k), image_segments)
         return self.out(rearrange(y, "n heads e -> n (heads e)"))
 
-    def _attend(self, q: Tensor, kv: Tensor, norm_k: nn.Module, segments: Segments) -> Tensor:
-        """n heads e, s 2d -> n heads e."""
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """Of texts s d."""
+        return self._keys(self.kv(text), self.norm_k)
+
+    def _keys(self, kv: Tensor, norm_k: nn.Module) -> TextKeys:
         k, v = kv.chunk(2, dim=-1)  # s d each
-        k, v = split_heads(norm_k(k), self.num_heads), split_heads(v, self.num_heads)  # s heads e
-        return self.attend(q, k, v, segments)
+        return TextKeys(split_heads(norm_k(k), self.num_heads), split_heads(v, self.num_heads))
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -6,7 +6,8 @@ by all blocks plus a learned table in each, and a timestep for every frame.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,90 +22,21 @@ from video_dit.layers import (
     Modulation,
     PatchEmbedding,
     SelfAttention,
+    TextKeys,
     gated,
     modulate,
     per_group,
     timestep_embedding,
 )
+from video_dit.model_config import VideoDiTConfig
 from video_dit.muon import Matrix
 from video_dit.packing import PackedBatch
 from video_dit.rope import rotations
-from video_dit.shapes import Stride
 
 if TYPE_CHECKING:
     from video_dit.step_cache import StepCache
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoDiTConfig:
-    """Sizes of a transformer, under the names of diffusers' WanTransformer3DModel.
-
-    Attributes:
-        patch_size: latent frames, rows and columns in one token.
-        num_attention_heads, attention_head_dim: width d is their product.
-        in_channels: channels of the latents, and of a condition behind them where there is one (Wan's 36).
-        out_channels: channels of the prediction.
-        text_dim: width of the text encoder's vectors.
-        freq_dim: width of the sinusoidal timestep embedding.
-        ffn_dim: hidden width of the MLP.
-        num_layers: blocks.
-        cross_attn_norm: whether cross-attention has a norm with weights in front.
-        qk_norm: only "rms_norm_across_heads".
-        eps: of all norms.
-        image_dim: width of CLIP's vectors of the images that condition a sample (Wan 2.1's I2V); None for no images.
-        added_kv_proj_dim: width of the image tokens in cross-attention: d where there is an image_dim.
-        pos_embed_seq_len: image tokens of every sample, where each has a learned position (first and last frame).
-        rope_max_seq_len: kept for the published configs; positions are computed for any length.
-    """
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    cross_attn_norm: bool = True
-    qk_norm: str = "rms_norm_across_heads"
-    eps: float = 1e-6
-    image_dim: int | None = None
-    added_kv_proj_dim: int | None = None
-    rope_max_seq_len: int = 1024
-    pos_embed_seq_len: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ValueError(
-                f"attention_head_dim={self.attention_head_dim}: must be even and at least 6 (pairs for t, h and w)"
-            )
-        if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm={self.qk_norm!r}: only 'rms_norm_across_heads'")
-        for name in (
-            *("in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers"),
-            *("image_dim", "pos_embed_seq_len"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        width = None if self.image_dim is None else self.dim
-        if self.added_kv_proj_dim != width:
-            raise ValueError(
-                f"added_kv_proj_dim={self.added_kv_proj_dim}: must be {width} with image_dim={self.image_dim}"
-            )
-        if self.pos_embed_seq_len is not None and self.image_dim is None:
-            raise ValueError(f"pos_embed_seq_len={self.pos_embed_seq_len}: must be None without an image_dim")
-
-    @property
-    def dim(self) -> int:
-        """Model width d."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch(self) -> Stride:
-        """The patch as a stride."""
-        return Stride(*self.patch_size)
+__all__ = ["VideoDiT", "VideoDiTConfig"]
 
 
 class Block(nn.Module):
@@ -123,7 +55,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: Tensor | TextKeys,
         time: Tensor,
         frame_of_token: Tensor | None,
         rotation: Tensor,
@@ -191,12 +123,15 @@ class VideoDiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.head.out.weight)  # the first prediction is zero
 
-    def forward(self, packed: PackedBatch, cache: StepCache | None = None) -> Tensor:
+    def forward(
+        self, packed: PackedBatch, cache: StepCache | None = None, text_keys: Sequence[TextKeys] | None = None
+    ) -> Tensor:
         """Predict the target of every token.
 
         Args:
             packed: tokens n (c pt ph pw).
             cache: of the step before, when sampling.
+            text_keys: of the pack's texts, when sampling; None computes them.
 
         Returns:
             n (c pt ph pw), in the layout of `packed.tokens` and the weights' dtype; `packed.unpack` gives latents.
@@ -206,7 +141,8 @@ class VideoDiT(nn.Module):
         """
         time = self.embed_time(packed)  # f d
         x = self.patch_embedding(packed.tokens.to(self.patch_embedding.weight.dtype))  # n d
-        x = self.run_blocks(x, packed, time) if cache is None else cache.run_blocks(self, x, packed, time)
+        run_blocks = self.run_blocks if cache is None else functools.partial(cache.run_blocks, self)
+        x = run_blocks(x, packed, time, text_keys=text_keys)
         return self.head(x, time, None if packed.has_equal_frames else packed.frame_of_token)  # n (c pt ph pw)
 
     def embed_time(self, packed: PackedBatch) -> Tensor:
@@ -215,18 +151,31 @@ class VideoDiT(nn.Module):
         time: Tensor = self.time_mlp(embedding.to(next(self.time_mlp.parameters()).dtype))
         return time.float()
 
-    def run_blocks(self, x: Tensor, packed: PackedBatch, time: Tensor, blocks: slice | None = None) -> Tensor:
-        """All of the blocks or some: x n d and time f d to n d."""
-        dtype, time_dtype = self.patch_embedding.weight.dtype, next(self.time_mlp.parameters()).dtype
+    def text_keys(self, packed: PackedBatch) -> list[TextKeys]:
+        """What each block makes of the pack's texts: the same in every step of a sampling. Not under FSDP."""
+        text = self._embed_texts(packed)
+        return [layer.text_keys(text) for layer in self.blocks.modules() if isinstance(layer, CrossAttention)]
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        packed: PackedBatch,
+        time: Tensor,
+        blocks: slice | None = None,
+        text_keys: Sequence[TextKeys] | None = None,
+    ) -> Tensor:
+        """All of the blocks or some: x n d and time f d to n d; `text_keys` of all blocks, None computes them."""
+        time_dtype = next(self.time_mlp.parameters()).dtype
         shared = rearrange(
             self.time_modulation(nn.functional.silu(time).to(time_dtype)).float(), "f (k d) -> f k d", k=6
         )
-        text = self.text_mlp(packed.text.to(dtype))  # s d
+        texts: Sequence[Tensor | TextKeys] = text_keys or [self._embed_texts(packed)] * len(self.blocks)
         images = self._embed_images(packed)  # m d
         rotation = self._rotation(packed)  # n e/2 2
         frame_of_token = None if packed.has_equal_frames else packed.frame_of_token
         segments = packed.self_segments, packed.cross_segments
-        for block in self.blocks if blocks is None else self.blocks[blocks]:
+        chosen = blocks or slice(None)
+        for block, text in zip(self.blocks[chosen], texts[chosen], strict=True):
             x = block(x, text, shared, frame_of_token, rotation, *segments, images, packed.image_segments)
         return x
 
@@ -249,6 +198,10 @@ class VideoDiT(nn.Module):
             for name, module in self.blocks.named_modules()
             if isinstance(module, nn.Linear)
         ]
+
+    def _embed_texts(self, packed: PackedBatch) -> Tensor:
+        """The pack's texts at the model's width, s d."""
+        return self.text_mlp(packed.text.to(self.patch_embedding.weight.dtype))
 
     def _embed_images(self, packed: PackedBatch) -> Tensor | None:
         """The pack's images at the model's width, m d; None for a model without."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from video_dit.layers import TextKeys
 from video_dit.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -42,18 +43,26 @@ class StepCache:
         self.updates: dict[int, Update] = {}
         self.num_run = self.num_asked = 0
 
-    def run_blocks(self, model: VideoDiT, x: Tensor, packed: PackedBatch, time: Tensor) -> Tensor:
+    def run_blocks(
+        self,
+        model: VideoDiT,
+        x: Tensor,
+        packed: PackedBatch,
+        time: Tensor,
+        text_keys: Sequence[TextKeys] | None = None,
+    ) -> Tensor:
         """As `VideoDiT.run_blocks`, nearly: x n d and time f d to n d."""
         lengths = packed.lengths
-        after_first = model.run_blocks(x, packed, time, slice(1))  # n d
+        after_first = model.run_blocks(x, packed, time, slice(1), text_keys)  # n d
         firsts = (after_first - x).split(lengths)
         stale = [place for place, first in enumerate(firsts) if self._is_stale(place, first)]
         self.num_run, self.num_asked = self.num_run + len(stale), self.num_asked + len(lengths)
         if stale:
-            some = packed if len(stale) == len(lengths) else packed.select(stale)
+            are_all = len(stale) == len(lengths)
+            some = packed if are_all else packed.select(stale)
             parts = after_first.split(lengths)
             start = torch.cat([parts[place] for place in stale])
-            end = model.run_blocks(start, some, model.embed_time(some), slice(1, None))
+            end = model.run_blocks(start, some, model.embed_time(some), slice(1, None), text_keys if are_all else None)
             for place, others in zip(stale, (end - start).split([lengths[place] for place in stale]), strict=True):
                 self.updates[place] = Update(firsts[place], others)
         return after_first + torch.cat([self.updates[place].others for place in range(len(lengths))])

@@ -34,16 +34,15 @@ def denoiser_of(dit, numbers, options, **more):
     return GuidedDenoiser(dit, packed, [NEGATIVE[n] for n in numbers], guidance, FLOW, **more)
 
 
-class Counted(torch.nn.Module):
+class Counted:
     """A model that counts the tokens it is run on."""
 
     def __init__(self, dit):
-        super().__init__()
-        self.dit, self.num_tokens = dit, []
+        self.dit, self.text_keys, self.num_tokens = dit, dit.text_keys, []
 
-    def forward(self, packed, cache=None):
+    def __call__(self, packed, cache, text_keys):
         self.num_tokens.append(packed.num_tokens)
-        return self.dit(packed, cache)
+        return self.dit(packed, cache, text_keys)
 
 
 @pytest.fixture
@@ -113,3 +112,12 @@ def test_given_tokens_count_for_nothing(dit, options):
     if options[2].rescale == 0:  # which looks at means, too
         torch.testing.assert_close(found[3:], free(x, conditional, unconditional, FLOW.level(0.7)), rtol=0, atol=1e-5)
     assert found.isfinite().all()
+
+
+@torch.no_grad()
+def test_text_keys_are_what_every_step_would_compute(dit):
+    packed = pack_of([0, 1, 2])
+    torch.testing.assert_close(dit(packed, None, dit.text_keys(packed)), dit(packed), rtol=0, atol=0)
+    first = pack_of([1])  # the shortest: in front
+    keys = [keys.first(len(first.text)) for keys in dit.text_keys(packed)]
+    torch.testing.assert_close(dit(first, None, keys), dit(first), rtol=0, atol=1e-6)
