@@ -27,7 +27,8 @@ from pipeline.plan import Pack, PlanConfig, iterate_steps, packs_of_rank
 from video_dit.parallel.apply import ParallelConfig, parallelize
 from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from video_dit.parallel.world import DistributedWorld
-from video_dit.training import LossFunction, MicroBatch, NotFiniteError, OptimizerConfig, TrainState, train_step
+from video_dit.train_step import LossFunction, MicroBatch, NotFiniteError, train_step
+from video_dit.training import OptimizerConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

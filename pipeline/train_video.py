@@ -15,7 +15,7 @@ from pipeline.media import Frames
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import Model, WorkersConfig, train
 from video_dit import weights
-from video_dit.diffusion.losses import DiffusionBatch, DiffusionConfig, diffusion_batch, diffusion_loss
+from video_dit.diffusion.losses import DiffusionBatch, DiffusionConfig, diffusion_batch, diffusion_losses
 from video_dit.generator import GenerationRequest, Generator, SamplingConfig, save_pipeline_parts
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.text import load_text_encoder
@@ -205,7 +205,7 @@ class VideoTrainee(LatentTrainee):
     def __init__(self, task: VideoTask) -> None:
         super().__init__(task)
         self.model = VideoDiT(task.dit)
-        self.loss_function = diffusion_loss
+        self.loss_function = diffusion_losses
 
     def load(self, step: int, pack: Pack) -> DiffusionBatch:
         """Noised latents; noise is keyed by (seed, step, clip)."""

@@ -27,7 +27,8 @@ from video_dit.classifier import UNKNOWN, LatentClassifier, LatentClassifierConf
 from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.generator import GenerationRequest, Generator
 from video_dit.random import keyed_normal
-from video_dit.training import MicroBatch, OptimizerConfig, SingleProcess, TrainState, train_step
+from video_dit.train_step import MicroBatch, train_step
+from video_dit.training import OptimizerConfig, SingleProcess, TrainState
 
 CONFIG = TrainClassifierConfig(
     model=LatentClassifierConfig(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from video_dit.training import MicroBatch, NotFiniteError, OptimizerConfig, SingleProcess, TrainState, train_step
+from video_dit.train_step import Losses, MicroBatch, NotFiniteError, train_step
+from video_dit.training import OptimizerConfig, SingleProcess, TrainState
 
 
 def squared_error(model, inputs):
@@ -59,6 +60,24 @@ def test_weight_zero_adds_nothing():
     config = OptimizerConfig()
     train_step(TrainState(model, config, SingleProcess()), [*micro_batches(x, y, [6]), idle], squared_error, 12)
     train_step(TrainState(twin, config, SingleProcess()), micro_batches(x, y, [6]), squared_error, 12)
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_logged_means_are_over_all_values_and_train_nothing():
+    def with_figures(model, inputs):
+        loss, (x, _) = squared_error(model, inputs), inputs
+        none = torch.zeros(())
+        return Losses({"loss": loss}, {"inputs": (x.sum(), torch.tensor(float(x.numel()))), "nothing": (none, none)})
+
+    model, x, y = random_problem()
+    twin = copy.deepcopy(model)
+    idle = MicroBatch(inputs=(x * 5, y), weight=0.0, sample_ids=())
+    config = OptimizerConfig()
+    batches = [*micro_batches(x, y, [1, 5]), idle]
+    found = train_step(TrainState(model, config, SingleProcess()), batches, with_figures, 12)
+    plain = train_step(TrainState(twin, config, SingleProcess()), batches, squared_error, 12)
+    assert found.pop("inputs") == pytest.approx(x.double().mean().item())
+    assert found == plain  # "nothing" has no mean
     assert torch.equal(model.weight, twin.weight)
 
 

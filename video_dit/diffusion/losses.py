@@ -22,6 +22,7 @@ from video_dit.diffusion.targets import Target, check_target, target_of
 from video_dit.packing import PackedBatch, pack
 from video_dit.random import keyed_generator, keyed_normal, keyed_uniform
 from video_dit.shapes import LatentShape, Stride, TokenGrid
+from video_dit.train_step import Losses
 
 BetaScheduleClass = type[LinearBetaSchedule] | type[ScaledLinearSchedule] | type[CosineSchedule]
 BETA_SCHEDULES: dict[str, BetaScheduleClass] = {
@@ -206,8 +207,14 @@ def loss_weight(level: Level, config: DiffusionConfig) -> Tensor:
 
 def diffusion_loss(model: nn.Module, batch: DiffusionBatch) -> Tensor:
     """Weighted squared error of the target, mean over a token's channels, summed over tokens."""
+    return diffusion_losses(model, batch).trained["loss"]
+
+
+def diffusion_losses(model: nn.Module, batch: DiffusionBatch) -> Losses:
+    """`diffusion_loss`, and for the log the unweighted errors by noise level."""
     errors = token_errors(model, batch)
-    return (errors * batch.weight.to(errors.device)).sum()
+    trained = (errors * batch.weight.to(errors.device)).sum()
+    return Losses({"loss": trained}, loss_by_noise_level(errors.detach(), batch.sigma))
 
 
 def token_errors(model: nn.Module, batch: DiffusionBatch) -> Tensor:

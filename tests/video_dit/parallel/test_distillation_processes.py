@@ -19,7 +19,8 @@ from video_dit.parallel.apply import ParallelConfig, parallelize
 from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from video_dit.parallel.world import DistributedWorld
 from video_dit.shapes import Stride
-from video_dit.training import MicroBatch, OptimizerConfig, SingleProcess, TrainState, train_step
+from video_dit.train_step import MicroBatch, train_step
+from video_dit.training import OptimizerConfig, SingleProcess, TrainState
 
 SIZES = {"attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16, "ffn_dim": 64}
 CONFIG, DIFFUSION = DistillationConfig(r1_weight=1.0, head_dim=8), DiffusionConfig(shift=3.0)

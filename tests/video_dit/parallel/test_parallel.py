@@ -19,7 +19,8 @@ from video_dit.parallel.checkpoint import (
 )
 from video_dit.parallel.world import DistributedWorld
 from video_dit.shapes import Stride
-from video_dit.training import MicroBatch, OptimizerConfig, SingleProcess, TrainState, train_step
+from video_dit.train_step import MicroBatch, train_step
+from video_dit.training import OptimizerConfig, SingleProcess, TrainState
 
 SIZES = {
     "num_attention_heads": 2,
