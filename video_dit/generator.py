@@ -12,7 +12,6 @@ from torch import Tensor
 from video_dit import weights
 from video_dit.denoiser import GuidedDenoiser
 from video_dit.diffusion.guidance import Guidance
-from video_dit.diffusion.levels import of_size, sigmas_from
 from video_dit.diffusion.sampling import Denoise, sample
 from video_dit.given_frames import encode_frames, given_latents, hold_clean, put_back
 from video_dit.model import VideoDiT, VideoDiTConfig
@@ -177,11 +176,9 @@ class Generator:
     def _sigmas(self, request: GenerationRequest) -> Tensor:
         """The noise levels that a request's video goes through, num_steps + 1, float64."""
         num_tokens = request.shape.latent(self.vae.config.stride).grid(self.dit.config.patch).num_tokens
-        schedule = of_size(self.sampling.schedule, num_tokens)
+        schedule = self.sampling.schedule.of_size(num_tokens)
         assert request.num_steps is not None  # it is complete
-        if request.edit is None:
-            return schedule.sigmas(request.num_steps)
-        return sigmas_from(schedule, request.edit.sigma, request.num_steps)
+        return schedule.sigmas(request.num_steps, start=request.edit.sigma if request.edit else 1.0)
 
     def _start(self, request: GenerationRequest, sigma: Tensor) -> Tensor:
         """What sampling starts from, c t h w: noise, or the video to edit with noise in it."""

@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from video_dit.diffusion.levels import of_size
 from video_dit.diffusion.schedules import (
     CosineSchedule,
     Level,
@@ -148,7 +147,7 @@ def draw_sigmas(config: DiffusionConfig, grid: TokenGrid, key: tuple[int | str, 
     time = uniform.clamp(1e-6, 1 - 1e-6)
     if config.times == "logit_normal":
         time = logit_normal(time, config.logit_mean, config.logit_std)
-    sigma = of_size(config.schedule, grid.num_tokens).sigma_at(time).expand(grid.t)
+    sigma = config.schedule.of_size(grid.num_tokens).sigma_at(time).expand(grid.t)
     return sigma.masked_fill(draw_given(grid.t, key), 0) if is_conditioned else sigma
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 NUM_TRAIN_STEPS = 1000.0  # the model's time input, `timestep`, lies in [0, 1000]
+NUM_HALVINGS = 60  # of an interval of times, down to float64's resolution
 
 
 class Level(NamedTuple):
@@ -49,15 +50,35 @@ class Schedule:
         """The noise level that `timestep` tells of, float64."""
         raise NotImplementedError
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """num_steps + 1 noise levels from pure noise down to 0, float64.
+    def of_size(self, num_tokens: int) -> Schedule:
+        """The schedule for a video of so many tokens."""
+        del num_tokens
+        return self
+
+    def sigmas(self, num_steps: int, start: float = 1.0) -> Tensor:
+        """num_steps + 1 noise levels down to 0 at even steps of time, float64.
+
+        Args:
+            num_steps: at least 1.
+            start: the first level; 1 is pure noise.
 
         Raises:
             ValueError: num_steps is less than 1.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: must be at least 1")
-        return self.sigma_at(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64))
+        return self.sigma_at(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64) * self.time_of(start))
+
+    def time_of(self, sigma: float) -> float:
+        """The time of a noise level, the inverse of `sigma_at`; 1 for levels above the highest."""
+        low, high = 0.0, 1.0
+        for _ in range(NUM_HALVINGS):
+            middle = (low + high) / 2
+            if self.sigma_at(torch.tensor(middle, dtype=torch.float64)) < sigma:
+                low = middle
+            else:
+                high = middle
+        return high
 
     def level(self, sigma: Tensor | float) -> Level:
         """Both shares at noise level sigma, float64."""

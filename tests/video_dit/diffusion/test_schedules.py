@@ -117,3 +117,29 @@ def test_a_timestep_of_a_flow_is_a_thousand_noise_levels():
     schedule = RectifiedFlow(shift=3.0)
     sigmas = schedule.sigmas(7)
     torch.testing.assert_close(schedule.sigma_of(schedule.timestep(sigmas)), sigmas, rtol=0, atol=1e-15)
+
+
+VISITED = [RectifiedFlow(), RectifiedFlow(shift=3.0), LinearBetaSchedule(), CosineSchedule()]
+
+
+@pytest.mark.parametrize("schedule", VISITED, ids=repr)
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 0.9])
+def test_levels_begin_where_asked_and_are_even_in_time(schedule, sigma):
+    levels = schedule.sigmas(4, start=sigma)
+    assert levels[0].item() == pytest.approx(sigma, abs=1e-12)
+    assert levels[-1] == 0
+    times = [schedule.time_of(level.item()) for level in levels]
+    assert times == pytest.approx([times[0] * share for share in (1, 0.75, 0.5, 0.25, 0)], abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", VISITED, ids=repr)
+def test_from_pure_noise_they_are_the_schedules_own(schedule):
+    evenly = torch.linspace(1, 0, 6, dtype=torch.float64)
+    assert torch.equal(schedule.sigmas(5), schedule.sigma_at(evenly))
+    assert schedule.sigmas(5)[0] == schedule.sigma_at(torch.ones((), dtype=torch.float64))
+
+
+def test_the_size_matters_to_flows_that_say_so():
+    flow = RectifiedFlow(shift=3.0, base_tokens=100)
+    assert flow.of_size(400) == RectifiedFlow(shift=6.0)
+    assert LinearBetaSchedule().of_size(400) == LinearBetaSchedule()
