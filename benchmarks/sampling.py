@@ -205,6 +205,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="run or folder of a model of the toy world")
     parser.add_argument("--student", help="run or folder of a student distilled from it")
     parser.add_argument("--classifier", help="run or folder of a classifier of its latents")
+    parser.add_argument(
+        "--blind", help="run or folder of a model that knows no captions; else the model is not told them"
+    )
     parser.add_argument("--num", type=int, default=200, help="scenes of each setting")
     parser.add_argument("--parts", nargs="+", default=["packed_guidance", "samplers", "guidance", "cache"])
     options = parser.parse_args()
@@ -221,7 +224,8 @@ def main() -> None:
         write_result("sampling", figures)
     if options.classifier:
         guide = LatentClassifier.from_pretrained(model_of(options.classifier))
-        figures["classifier"] = classifier(scenes, generator, guide)
+        blind = Generator.from_pretrained(model_of(options.blind or options.model))
+        figures["classifier"] = classifier(scenes, blind, guide)
         write_result("sampling", figures)
 
 

@@ -44,7 +44,8 @@ class DiffusionConfig:
         logit_mean, logit_std: of the latter.
         min_snr_gamma: weights the squared error of the data by min(SNR, gamma) (arXiv 2303.09556), whatever the target;
             None weights that of the target by 1.
-        caption_dropout: share of samples trained without their caption, for classifier-free guidance.
+        caption_dropout: share of samples trained without their caption, for classifier-free guidance; 1 trains a model
+            that knows no captions, for classifier guidance.
         condition_rate: share of videos with some of their frames given clean, as generation from images and videos has
             them; see `draw_given`.
         independent_rate: share of videos whose frames have noise levels independent of each other (diffusion forcing,
@@ -66,11 +67,9 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_target(self.target)
-        for name in ("condition_rate", "independent_rate"):
+        for name in ("caption_dropout", "condition_rate", "independent_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout={self.caption_dropout}: must be in [0, 1)")
         if self.logit_std <= 0:
             raise ValueError(f"logit_std={self.logit_std}: must be positive")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
