@@ -25,7 +25,7 @@ class GuidedDenoiser:
         negative: what guidance leads away from, (s, d) a sample, in the order of the list given to `pack`.
         guidance: of the samples, in the pack's order.
         schedule: the one that timesteps belong to.
-        is_given: bool n 1, tokens that the video has already, which guidance leaves out.
+        is_given: bool n 1, tokens that the video has already: guidance leaves them out while they are at timestep 0.
         cache_thresholds: see `StepCache`, one a sample, in the pack's order; None runs all blocks in every step.
     """
 
@@ -62,15 +62,16 @@ class GuidedDenoiser:
         timestep = timestep.to(tokens.device).expand(tokens.shape[0], 1)
         timesteps = timestep.float()[self.first_tokens, 0]  # f
         sigma = self.schedule.sigma_of(timestep)
-        level = self.schedule.level(sigma.masked_fill(self.is_given, float(sigma.max())))  # theirs does not matter
+        is_given = self.is_given & (timestep == 0)
+        level = self.schedule.level(sigma.masked_fill(is_given, float(sigma.max())))  # theirs does not matter
         if self.guidance.is_needed(level.sigma):
-            prediction = self._guide(tokens, timesteps, level)
+            prediction = self._guide(tokens, timesteps, level, is_given)
         else:
             own = self.packed.replace(tokens=tokens, timesteps=timesteps)
             prediction = self.dit(own, self.cache, [keys.first(len(own.text)) for keys in self.text_keys])
         return self.guidance.start_from_rest(tokens, prediction, level)
 
-    def _guide(self, tokens: Tensor, timesteps: Tensor, level: Level) -> Tensor:
+    def _guide(self, tokens: Tensor, timesteps: Tensor, level: Level, is_given: Tensor) -> Tensor:
         both = self.both.replace(
             tokens=torch.cat([tokens, tokens[self.guided_tokens]]),
             timesteps=torch.cat([timesteps, timesteps[self.guided_frames]]),
@@ -82,6 +83,6 @@ class GuidedDenoiser:
         x = tokens
         if self.any_given:
             x, conditional, unconditional = (
-                values.masked_fill(self.is_given, 0) for values in (tokens, conditional, unconditional)
+                values.masked_fill(is_given, 0) for values in (tokens, conditional, unconditional)
             )
         return self.guidance(x, conditional, unconditional, level)

@@ -144,12 +144,12 @@ class Generator:
         packed = pack(starts, [1000.0] * len(starts), texts, self.dit.config.patch).to(self._device)
         given = [given_latents(self.vae, request) for request in requests]
         clean = _to_tokens(packed, [latents for latents, _ in given])  # n (c pt ph pw)
-        mask = _to_tokens(packed, [mask for _, mask in given]).all(dim=1, keepdim=True)  # n 1
-        denoise: Denoise = self._denoiser(requests, packed, mask)
+        held_to = _to_tokens(packed, [held_to for _, held_to in given]).amax(dim=1, keepdim=True)  # n 1
+        denoise: Denoise = self._denoiser(requests, packed, held_to.isfinite())
         if guide:
             denoise = guide(denoise, packed)
         tokens = sample(
-            hold_clean(denoise, mask, clean),
+            hold_clean(denoise, held_to, clean, self.sampling.schedule, self.sampling.target),
             packed.tokens,
             schedule=self.sampling.schedule,
             target=self.sampling.target,
@@ -158,7 +158,7 @@ class Generator:
             draw_noise=lambda step: _to_tokens(packed, [self._noise(request, step) for request in requests]),
             on_step=on_step,
         )
-        return packed.unpack(torch.where(mask, clean, tokens))
+        return packed.unpack(torch.where(held_to == 0, clean, tokens))
 
     def _denoiser(self, requests: Sequence[GenerationRequest], packed: PackedBatch, is_given: Tensor) -> GuidedDenoiser:
         in_order = [requests[place] for place in packed.order]

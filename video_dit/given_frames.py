@@ -10,17 +10,23 @@ from einops import rearrange
 from torch import Tensor
 
 from video_dit.diffusion.sampling import Denoise
+from video_dit.diffusion.schedules import Schedule
+from video_dit.diffusion.targets import Target, target_of
 from video_dit.requests import Condition, GenerationRequest
 from video_dit.vae import VideoVAE
 
 ENCODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
+RELEASE_SIGMA = 0.5  # below it a group that one frame stands for may move
 
 
 class Given(NamedTuple):
-    """Latents of a request's given frames, c t h w, zero elsewhere, and where those are, bool 1 t h w."""
+    """Latents of a request's given frames, c t h w, zero elsewhere, and down to which noise level they are held.
+
+    That level is 1 t h w: 0 for given frames, RELEASE_SIGMA for groups that one frame stands for, infinite elsewhere.
+    """
 
     latents: Tensor
-    mask: Tensor
+    held_to: Tensor
 
 
 def given_latents(vae: VideoVAE, request: GenerationRequest) -> Given:
@@ -28,12 +34,13 @@ def given_latents(vae: VideoVAE, request: GenerationRequest) -> Given:
     stride = vae.config.stride
     shape = request.shape.latent(stride)
     latents = torch.zeros(vae.config.z_dim, *shape, device=_device(vae))
-    mask = torch.zeros(1, *shape, dtype=torch.bool, device=_device(vae))
+    held_to = torch.full((1, *shape), torch.inf, device=_device(vae))
     for condition in request.conditions:
         places = condition.latent_frames(stride.t)
         latents[:, places.start : places.stop] = _encode_at(vae, condition)
-        mask[:, places.start : places.stop] = True
-    return Given(latents, mask)
+        is_still = condition.start > 0 and len(condition.frames) == 1 and stride.t > 1
+        held_to[:, places.start : places.stop] = RELEASE_SIGMA if is_still else 0.0
+    return Given(latents, held_to)
 
 
 def _encode_at(vae: VideoVAE, condition: Condition) -> Tensor:
@@ -65,18 +72,26 @@ def _chunks(video: Tensor, stride: int) -> Iterator[Tensor]:
         yield from video[:, :, 1 + step :].split(step, dim=2)
 
 
-def hold_clean(denoise: Denoise, mask: Tensor, clean: Tensor) -> Denoise:
-    """A denoiser that sees given tokens without noise, at timestep 0, whatever the sampler makes of them.
+def hold_clean(denoise: Denoise, held_to: Tensor, clean: Tensor, schedule: Schedule, target: Target) -> Denoise:
+    """A denoiser that sees given tokens without noise, at timestep 0, and knows what they are.
+
+    Since their data are predicted exactly, every sampler keeps them on the path from their noise to `clean`: they
+    can be let go at any level, and end at `clean` if they are not.
 
     Args:
         denoise: takes a timestep for each token.
-        mask: bool n 1, which tokens are given.
+        held_to: n 1, noise levels above which tokens are held; 0 for always, infinite for never.
         clean: n (c pt ph pw), their values.
+        schedule, target: of the model.
     """
 
     def denoise_others(tokens: Tensor, timestep: Tensor) -> Tensor:
-        timesteps = timestep.to(mask.device).expand(mask.shape)  # n 1
-        return denoise(torch.where(mask, clean, tokens), timesteps.masked_fill(mask, 0))
+        timesteps = timestep.to(held_to.device).expand(held_to.shape)  # n 1
+        level = schedule.level(schedule.sigma_of(timesteps))
+        is_held = level.sigma > held_to
+        prediction = denoise(torch.where(is_held, clean, tokens), timesteps.masked_fill(is_held, 0))
+        noise = (tokens - level.alpha.to(tokens) * clean) / level.sigma.to(tokens)
+        return torch.where(is_held, target_of(clean, noise, target, level), prediction)
 
     return denoise_others
 
