@@ -46,7 +46,7 @@ def test_training_is_logged_and_ends_with_a_model_folder(model, recipe):
     by_noise_level = {name for name in fields if name.startswith("sigma_")}
     assert set(fields) - by_noise_level == names
     assert by_noise_level <= {"sigma_0_0.2", "sigma_0.2_0.4", "sigma_0.4_0.6", "sigma_0.6_0.8", "sigma_0.8_1"}
-    assert min(fields[name] for name in by_noise_level) < fields["loss"] < max(fields[name] for name in by_noise_level)
+    assert 0 < fields["loss"] <= max(fields[name] for name in by_noise_level)  # the mean over given tokens, too
     assert {path.name for path in Path(model.uri).iterdir()} == {
         "model_index.json",
         "transformer",
