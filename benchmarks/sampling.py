@@ -177,8 +177,13 @@ def packed_guidance(scenes: Scenes, generator: Generator) -> dict[str, Any]:
     """Both halves of guidance in one packed forward pass against two passes and the same formula."""
     found = {}
     scene = scenes.middle_batch()
-    larger = [dataclasses.replace(request, height_px=64, width_px=64, num_frames=17) for request in scene[:1]]
-    for name, chosen in (("one scene", scene[:1]), ("one of 17x64x64", larger), ("16 scenes", scene)):
+    many = [dataclasses.replace(request, height_px=64, width_px=64, num_frames=17) for request in scene]
+    for name, chosen in (
+        ("one scene", scene[:1]),
+        ("one of 17x64x64", many[:1]),
+        ("16 scenes", scene),
+        ("16 of 17x64x64", many),
+    ):
         requests, size = [generator.limits.complete(request) for request in chosen], len(chosen)
         texts = generator.text([request.prompt for request in requests])
         noise = [generator._noise(request) for request in requests]

@@ -48,7 +48,7 @@ def from_json(fields: dict[str, Any], read: Callable[[str], bytes]) -> Generatio
     def with_frames(values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "frames": torch.from_numpy(np.load(io.BytesIO(read(values["frames"])), allow_pickle=False))}
 
-    guidance = GuidanceOptions(**fields["guidance"])
-    conditions = tuple(Condition(**with_frames(values)) for values in fields["conditions"])
-    edit = Edit(**with_frames(fields["edit"])) if fields["edit"] else None
+    guidance = GuidanceOptions(**fields.get("guidance", {}))  # requests of older versions have fewer fields
+    conditions = tuple(Condition(**with_frames(values)) for values in fields.get("conditions", ()))
+    edit = Edit(**with_frames(fields["edit"])) if fields.get("edit") else None
     return GenerationRequest(**{**fields, "guidance": guidance, "conditions": conditions, "edit": edit})

@@ -8,8 +8,8 @@ from random_pipeline import noise_u8, request
 from pipeline import media
 from pipeline.errors import SourceError
 from pipeline.given import GivenConfig
-from pipeline.request_files import from_json, to_json
-from video_dit.requests import Condition, Edit, Limits
+from pipeline.request_files import from_json, no_files, to_json
+from video_dit.requests import Condition, Edit, GenerationRequest, Limits
 from video_dit.shapes import Stride
 
 LIMITS = Limits(stride=Stride(4, 16, 16), fps=8.0)
@@ -120,3 +120,9 @@ def test_requests_go_through_json_with_their_frames_in_files():
     assert torch.equal(back.edit.frames, asked.edit.frames)
     plain = request(loop=False)
     assert from_json(to_json(plain)[0], {}.__getitem__) == plain
+
+
+def test_requests_of_older_versions_are_read():
+    fields = {"prompt": "a red circle", "height_px": 32, "width_px": 48, "num_frames": 5, "num_steps": 3}
+    assert from_json(fields, no_files) == GenerationRequest(**fields)
+    assert from_json(to_json(GenerationRequest(**fields))[0], no_files) == GenerationRequest(**fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_pipeline import save_random_pipeline
 
 from pipeline import store
 from pipeline.evaluate import EvaluateConfig, LedByClassifier, evaluate_video
@@ -22,7 +23,6 @@ from pipeline.train_classifier import (
     read_accuracy,
     train_classifier,
 )
-from tests.video_dit.test_generator import save_random_pipeline
 from video_dit.classifier import UNKNOWN, LatentClassifier, LatentClassifierConfig
 from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.generator import GenerationRequest, Generator

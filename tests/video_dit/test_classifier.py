@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from random_pipeline import save_random_pipeline
 
-from tests.video_dit.test_generator import save_random_pipeline
 from video_dit.classifier import (
     UNKNOWN,
     ClassifierBatch,
@@ -22,6 +22,7 @@ from video_dit.diffusion.classifier_guidance import with_classifier
 from video_dit.diffusion.sampling import sample
 from video_dit.diffusion.schedules import RectifiedFlow
 from video_dit.generator import GenerationRequest, Generator
+from video_dit.model import VideoDiT
 from video_dit.packing import pack
 from video_dit.shapes import Stride
 
@@ -199,3 +200,17 @@ def test_classes_lead_the_generator_and_prompts_do_not(tmp_path):
     (alone,) = sample_classes(generator, classifier, requests[1:], labels[1:], 30.0)
     assert (alone.int() - led[1].int()).abs().max() <= 1
     assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+def test_it_starts_from_a_diffusion_model_of_its_sizes():
+    torch.manual_seed(0)
+    dit = VideoDiT(dataclasses.replace(CONFIG.transformer, out_channels=CONFIG.in_channels, text_dim=8))
+    classifier = LatentClassifier(CONFIG)
+    before = {name: value.clone() for name, value in classifier.transformer.state_dict().items()}
+    classifier.start_from(dit)
+    theirs = dit.state_dict()
+    for name, value in classifier.transformer.state_dict().items():
+        is_own = name.startswith(("text_mlp", "head.out"))
+        assert torch.equal(value, before[name] if is_own else theirs[name]), name
+    with pytest.raises(ValueError, match=r"num_layers=2 \(must be 3\)"):
+        classifier.start_from(VideoDiT(dataclasses.replace(dit.config, num_layers=3)))
