@@ -12,8 +12,9 @@ from torch import Tensor
 from video_dit import weights
 from video_dit.denoiser import GuidedDenoiser
 from video_dit.diffusion.guidance import Guidance
+from video_dit.diffusion.held import hold
 from video_dit.diffusion.sampling import Denoise, sample
-from video_dit.given_frames import encode_frames, given_latents, hold_clean, put_back
+from video_dit.given_frames import encode_frames, given_latents, put_back
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, pack, patchify
 from video_dit.random import keyed_normal
@@ -149,7 +150,7 @@ class Generator:
         if guide:
             denoise = guide(denoise, packed)
         tokens = sample(
-            hold_clean(denoise, held_to, clean, self.sampling.schedule, self.sampling.target),
+            hold(denoise, held_to, clean, self.sampling.schedule, self.sampling.target),
             packed.tokens,
             schedule=self.sampling.schedule,
             target=self.sampling.target,

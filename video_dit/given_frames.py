@@ -1,4 +1,4 @@
-"""Given frames on their way through sampling: pixels to latents, latents held clean, pixels put back."""
+"""Given frames on their way through sampling: pixels to latents, what noise level they are held at, pixels put back."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from video_dit.diffusion.sampling import Denoise
-from video_dit.diffusion.schedules import Schedule
-from video_dit.diffusion.targets import Target, target_of
+from video_dit.diffusion.held import LONE_SIGMA
 from video_dit.requests import Condition, GenerationRequest
 from video_dit.vae import VideoVAE
 
 ENCODED_PIXELS = 1 << 20  # of a video, at a time: some gigabytes of activations
-RELEASE_SIGMA = 0.5  # below it a group that one frame stands for may move
 
 
 class Given(NamedTuple):
-    """Latents of a request's given frames, c t h w, zero elsewhere, and down to which noise level they are held.
-
-    That level is 1 t h w: 0 for given frames, RELEASE_SIGMA for groups that one frame stands for, infinite elsewhere.
-    """
+    """Latents of a request's given frames, c t h w, zero elsewhere, and held levels, 1 t h w; see `diffusion.held`."""
 
     latents: Tensor
     held_to: Tensor
@@ -38,8 +32,8 @@ def given_latents(vae: VideoVAE, request: GenerationRequest) -> Given:
     for condition in request.conditions:
         places = condition.latent_frames(stride.t)
         latents[:, places.start : places.stop] = _encode_at(vae, condition)
-        is_still = condition.start > 0 and len(condition.frames) == 1 and stride.t > 1
-        held_to[:, places.start : places.stop] = RELEASE_SIGMA if is_still else 0.0
+        is_lone = condition.start > 0 and len(condition.frames) == 1 and stride.t > 1
+        held_to[:, places.start : places.stop] = LONE_SIGMA if is_lone else 0.0
     return Given(latents, held_to)
 
 
@@ -70,30 +64,6 @@ def _chunks(video: Tensor, stride: int) -> Iterator[Tensor]:
     yield video[:, :, : 1 + step]
     if video.shape[2] > 1 + step:
         yield from video[:, :, 1 + step :].split(step, dim=2)
-
-
-def hold_clean(denoise: Denoise, held_to: Tensor, clean: Tensor, schedule: Schedule, target: Target) -> Denoise:
-    """A denoiser that sees given tokens without noise, at timestep 0, and knows what they are.
-
-    Since their data are predicted exactly, every sampler keeps them on the path from their noise to `clean`: they
-    can be let go at any level, and end at `clean` if they are not.
-
-    Args:
-        denoise: takes a timestep for each token.
-        held_to: n 1, noise levels above which tokens are held; 0 for always, infinite for never.
-        clean: n (c pt ph pw), their values.
-        schedule, target: of the model.
-    """
-
-    def denoise_others(tokens: Tensor, timestep: Tensor) -> Tensor:
-        timesteps = timestep.to(held_to.device).expand(held_to.shape)  # n 1
-        level = schedule.level(schedule.sigma_of(timesteps))
-        is_held = level.sigma > held_to
-        prediction = denoise(torch.where(is_held, clean, tokens), timesteps.masked_fill(is_held, 0))
-        noise = (tokens - level.alpha.to(tokens) * clean) / level.sigma.to(tokens)
-        return torch.where(is_held, target_of(clean, noise, target, level), prediction)
-
-    return denoise_others
 
 
 def put_back(video_u8: Tensor, conditions: Sequence[Condition]) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from random_pipeline import noise_u8, request
 
 from video_dit import conditions
+from video_dit.diffusion.held import LONE_SIGMA
 from video_dit.diffusion.samplers import SAMPLERS
-from video_dit.diffusion.sampling import sample
-from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
-from video_dit.given_frames import RELEASE_SIGMA, encode_frames, given_latents, hold_clean
+from video_dit.given_frames import encode_frames, given_latents
 from video_dit.requests import Condition, Edit
 
 FIELDS = {"prompt": "a red circle", "num_steps": 2}
@@ -66,48 +65,6 @@ def test_every_sampler_keeps_given_frames(generator, sampler):
     assert not torch.equal(video, generator([with_other_frames(asked)])[0])
 
 
-def test_the_model_sees_held_tokens_clean_at_timestep_0():
-    held_to = torch.tensor([[0.0], [torch.inf], [0.5]])
-    clean, noisy = torch.zeros(3, 2), torch.ones(3, 2)
-    seen = []
-
-    def denoise(tokens, timestep):
-        seen.append((tokens[:, 0].tolist(), timestep[:, 0].tolist()))
-        return torch.full_like(tokens, 7.0)
-
-    held = hold_clean(denoise, held_to, clean, RectifiedFlow(), "velocity")
-    found = [held(noisy, torch.tensor(700.0)), held(noisy, torch.tensor([[100.0], [200.0], [400.0]]))]
-    assert seen == [([0, 1, 0], [0, 700, 0]), ([0, 1, 1], [0, 200, 400])]
-    velocities = [[1 / 0.7, 7, 1 / 0.7], [10, 7, 7]]  # on the straight path from noise to the clean values
-    for prediction, expected in zip(found, velocities, strict=True):
-        assert prediction[:, 0].tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", [RectifiedFlow(shift=3.0), LinearBetaSchedule()], ids=["flow", "linear"])
-def test_samplers_take_held_tokens_to_what_they_are(sampler, schedule):
-    """Held to the end they land on it; let go half way they are on the path from their noise."""
-    generator = torch.Generator().manual_seed(0)
-    clean, noise, fresh = torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
-    half = float(schedule.sigmas(10)[5])
-    held_to = torch.tensor([[0.0], [torch.inf], [half]], dtype=torch.float64)
-    let_go = []
-
-    def denoise(tokens, timestep):
-        if timestep[2] > 0 and not let_go:
-            let_go.append((tokens[2], schedule.sigma_of(timestep)[2]))
-        return torch.zeros_like(tokens)
-
-    held = hold_clean(denoise, held_to, clean, schedule, "v")
-    start = schedule.mix(clean, noise, schedule.sigmas(10)[0])  # not all noise on every schedule
-    fields = {"schedule": schedule, "target": "v", "sampler": sampler, "num_steps": 10}
-    found = sample(held, start, draw_noise=lambda step: fresh, **fields)
-    torch.testing.assert_close(found[0], clean[0], rtol=0, atol=1e-6)
-    if sampler not in ("ddpm", "heun"):  # one draws anew, one looks ahead
-        (tokens, sigma), *_ = let_go
-        torch.testing.assert_close(tokens, schedule.mix(clean[2], noise[2], sigma), rtol=0, atol=1e-6)
-
-
 def test_a_beginning_is_encoded_as_it_is(generator):
     video = noise_u8(9)
     latents, held_to = given_latents(generator.vae, request(num_frames=13, conditions=(Condition(frames=video),)))
@@ -121,7 +78,7 @@ def test_later_groups_are_encoded_behind_their_first_frame(generator):
     group, single = noise_u8(4), noise_u8(1, seed=1)
     given = (Condition(frames=group, start=5), Condition(frames=single, start=12))
     latents, held_to = given_latents(generator.vae, request(num_frames=13, conditions=given))
-    assert held_to[0, :, 0, 0].tolist() == [torch.inf, torch.inf, 0, RELEASE_SIGMA]
+    assert held_to[0, :, 0, 0].tolist() == [torch.inf, torch.inf, 0, LONE_SIGMA]
     assert torch.equal(latents[:, 2:3], encode_frames(generator.vae, torch.cat([group[:1], group]))[:, 1:])
     still = encode_frames(generator.vae, single.expand(5, -1, -1, -1))
     assert torch.equal(latents[:, 3:], still[:, 1:])

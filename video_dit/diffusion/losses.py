@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from video_dit.diffusion.held import draw_held
 from video_dit.diffusion.schedules import (
     CosineSchedule,
     Level,
@@ -46,8 +47,8 @@ class DiffusionConfig:
             None weights that of the target by 1.
         caption_dropout: share of samples trained without their caption, for classifier-free guidance; 1 trains a model
             that knows no captions, for classifier guidance.
-        condition_rate: share of videos with some of their frames given clean, as generation from images and videos has
-            them; see `draw_given`.
+        condition_rate: share of videos with some of their frames given, as generation from images and videos has them;
+            see `draw_held`.
         independent_rate: share of videos whose frames have noise levels independent of each other (diffusion forcing,
             arXiv 2407.01392).
     """
@@ -147,36 +148,7 @@ def draw_sigmas(config: DiffusionConfig, grid: TokenGrid, key: tuple[int | str, 
     if config.times == "logit_normal":
         time = logit_normal(time, config.logit_mean, config.logit_std)
     sigma = config.schedule.of_size(grid.num_tokens).sigma_at(time).expand(grid.t)
-    return sigma.masked_fill(draw_given(grid.t, key), 0) if is_conditioned else sigma
-
-
-def draw_given(num_frames: int, key: tuple[int | str, ...]) -> Tensor:
-    """Which frames of a video are given, bool t: some first and some last ones, and at least one is left to make.
-
-    Equally likely are the first frame, first ones, last ones, and, of three frames on, the first and the last one, and
-    first and last ones; of each, so is every length.
-    """
-    generator = keyed_generator(*key, "given")
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    most = num_frames - 1
-    match draw(1, 5 if most > 1 else 3):
-        case 1:
-            num_first, num_last = 1, 0
-        case 2:
-            num_first, num_last = draw(1, most), 0
-        case 3:
-            num_first, num_last = 0, draw(1, most)
-        case 4:
-            num_first, num_last = 1, 1
-        case _:
-            total = draw(2, most)
-            num_first = draw(1, total - 1)
-            num_last = total - num_first
-    place = torch.arange(num_frames)
-    return (place < num_first) | (place >= num_frames - num_last)
+    return torch.minimum(sigma, draw_held(grid.t, key)) if is_conditioned else sigma
 
 
 def logit_normal(uniform: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
