@@ -72,7 +72,7 @@ def toy_cpu() -> Recipe:
         encode=EncodeConfig(),
         video=TrainVideoConfig(
             dit=dit,
-            diffusion=DiffusionConfig(shift=3.0, condition_rate=0.5),
+            diffusion=DiffusionConfig(shift=3.0, condition_rate=0.25),
             plan=PlanConfig(token_budget=1024, packs_per_step=2, quadratic_tokens=2 * dit.dim + dit.ffn_dim),
             optimizer=OptimizerConfig(learning_rate=5e-3, matrix_learning_rate=0.05, num_steps=2400, ema_decay=0.995),
             guidance_scale=guidance_scale,
