@@ -8,6 +8,7 @@ oneDNN, where PyTorch would send small maps to a kernel 2 to 4 times slower, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -83,8 +84,11 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.num_past, self.border = kernel[0] - 1, (kernel[1] // 2, kernel[2] // 2)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """`b c t h w` to `b c_out t h w`."""
+    def forward(self, x: Tensor, cache: Cache | None = None, spare: Tensor | None = None) -> Tensor:
+        """`b c t h w` to `b c_out t h w`; into the memory of `spare`, which nobody needs any more, where it fits.
+
+        Large new tensors cost more than the arithmetic on them: the system hands out their memory page by page.
+        """
         is_start = cache is None or self not in cache
         num_frames = x.shape[2]
         if cache is not None and self.num_past:
@@ -92,18 +96,21 @@ class CausalConv3d(nn.Conv3d):
         if self.num_past == 0 or (is_start and num_frames == 1):  # an image: all other taps would see zeros
             return convolve(x, self.weight[:, :, -1:], self.bias, (1, 1, 1), (0, *self.border))
         if self.num_past == 2 and _is_onednn(x) and winograd.is_worthwhile(x, num_frames - is_start):
-            return self._filter(x, is_start)
+            return self._filter(x, is_start, spare)
         if is_start and _is_onednn(x) and num_frames >= WASTEFUL_FRAMES:
             return convolve(x, self.weight, self.bias, (1, 1, 1), (self.num_past, *self.border))[:, :, :num_frames]
         if is_start:
             x = torch.cat([torch.zeros_like(x[:, :, : self.num_past]), x], dim=2)
         return convolve(x, self.weight, self.bias, (1, 1, 1), (0, *self.border))
 
-    def _filter(self, x: Tensor, is_start: bool) -> Tensor:
+    def _filter(self, x: Tensor, is_start: bool, spare: Tensor | None) -> Tensor:
         """The valid convolution over time; at the start the first frame, which sees nothing else, stands alone."""
         frames = x.movedim(1, -1).unbind(1)  # t of b h w c
         num_frames = len(frames) if is_start else len(frames) - self.num_past
-        y = x.new_empty(x.shape[0], num_frames, *x.shape[3:], self.out_channels)
+        shape = (x.shape[0], num_frames, *x.shape[3:], self.out_channels)
+        y = None if spare is None else spare.movedim(1, -1)
+        if y is None or y.shape != shape or not y.is_contiguous():
+            y = x.new_empty(shape)
         out = [None] * num_frames if torch.is_grad_enabled() else y.unbind(1)
         if is_start:
             first = self._convolve_frame(frames[0], self.weight[:, :, -1], self.bias)
@@ -127,6 +134,31 @@ class FrameConv2d(nn.Conv2d):
         return convolve(x, self.weight.unsqueeze(2), self.bias, (1, *self.stride), (0, *self.padding))
 
 
+def is_frame_by_frame(x: Tensor) -> bool:
+    """Whether what happens to each frame alone is best done to one after the other, `x` b c t h w.
+
+    On a CPU what a frame needs on the way stays in the caches then, and its memory is used again for the next one.
+    """
+    return _is_onednn(x) and not torch.is_grad_enabled()
+
+
+class DownsampleConv2d(FrameConv2d):
+    """A 3 x 3 convolution that halves rows and columns, with zeros below and to the right."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c t h w` to `b c_out t h/2 w/2`."""
+        if is_frame_by_frame(x):
+            return torch.cat([super(DownsampleConv2d, self).forward(_pad(frame)) for frame in x.split(1, dim=2)], dim=2)
+        return super().forward(_pad(x))
+
+
+def _pad(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1, 0, 1))
+
+
 class UpsampleConv2d(FrameConv2d):
     """Rows and columns doubled by repeating them, then a 3 x 3 convolution, in one.
 
@@ -139,10 +171,22 @@ class UpsampleConv2d(FrameConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c t h w` to `b c_out t 2h 2w`."""
+        weight, bias = self._phases()
+        if not is_frame_by_frame(x):
+            x = convolve(x, weight.unsqueeze(2), bias, (1, 1, 1), (0, 1, 1))  # b (p q c_out) t h+1 w+1
+            x = rearrange(x.movedim(1, -1), "b t h w (p q c) -> b t (h p) (w q) c", p=2, q=2)
+            return x[:, :, 1:-1, 1:-1].movedim(-1, 1)
+        batch, _, num_frames, height, width = x.shape
+        y = x.new_empty(batch, num_frames, 2 * height, 2 * width, self.out_channels)
+        for frame, out in zip(x.unbind(2), y.unbind(1), strict=True):
+            pixels = convolve(frame, weight, bias, (1, 1), (1, 1)).movedim(1, -1)  # b h+1 w+1 (p q c_out)
+            for (p, q), phase in zip(product((0, 1), repeat=2), pixels.chunk(4, dim=-1), strict=True):
+                out[:, 1 - p :: 2, 1 - q :: 2] = phase[:, 1 - p :, 1 - q :][:, :height, :width]
+        return y.movedim(-1, 1)
+
+    def _phases(self) -> tuple[Tensor, Tensor | None]:
+        """Kernel, (p q c_out) c 2 2, and bias of the four output pixels of an input pixel."""
         # second pixel of a pair first: out of the borders' pairs one pixel each is then cut off
         pairs = self.weight.new_tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]])  # phase, tap of 2, tap of 3
         weight = torch.einsum("p a i, q b j, o c i j -> p q o c a b", pairs, pairs, self.weight).flatten(0, 2)
-        bias = None if self.bias is None else self.bias.repeat(4)
-        x = convolve(x, weight.unsqueeze(2), bias, (1, 1, 1), (0, 1, 1))  # b (p q c_out) t h+1 w+1
-        x = rearrange(x.movedim(1, -1), "b t h w (p q c) -> b t (h p) (w q) c", p=2, q=2)
-        return x[:, :, 1:-1, 1:-1].movedim(-1, 1)
+        return weight, None if self.bias is None else self.bias.repeat(4)

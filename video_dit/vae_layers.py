@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from video_dit.vae_convs import Cache, CausalConv3d, FrameConv2d, UpsampleConv2d, convolve, is_first_chunk
+from video_dit.vae_convs import (
+    Cache,
+    CausalConv3d,
+    DownsampleConv2d,
+    FrameConv2d,
+    UpsampleConv2d,
+    convolve,
+    is_first_chunk,
+)
 
 
 class RMSNorm(nn.Module):
@@ -62,8 +70,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """`b c t h w` to `b c_out t h w`."""
-        y = self.conv1(activate(self.norm1, x), cache)  # b c_out t h w
-        y = self.conv2(self.dropout(activate(self.norm2, y, inplace=True)), cache)
+        spare = activate(self.norm1, x)
+        y = self.conv1(spare, cache)  # b c_out t h w
+        y = self.conv2(self.dropout(activate(self.norm2, y, inplace=True)), cache, spare)
         return y + self.conv_shortcut(x) if torch.is_grad_enabled() else y.add_(self.conv_shortcut(x))
 
 
@@ -106,7 +115,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int, is_temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), FrameConv2d(dim, dim, 3, stride=2))
+        self.resample = nn.Sequential(nn.Identity(), DownsampleConv2d(dim))  # [1] in published names
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if is_temporal else None
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
