@@ -118,7 +118,8 @@ def test_compiled_blocks_equal_eager_ones_and_keep_attention(world, compile_with
     assert calls.count[ATTENTION] == attentions_in_one_forward()
     num_graphs = counters["stats"]["unique_graphs"]
     assert num_graphs >= 3
-    assert_close(loss_and_gradients(model, batch_of(MIXED[:2])), expected(tuple(MIXED[:2])))
+    fewer = MIXED[:4]  # with fewer still, cross-attention's gradients are mostly rounding
+    assert_close(loss_and_gradients(model, batch_of(fewer)), expected(tuple(fewer)))
     assert counters["stats"]["unique_graphs"] == num_graphs
 
 
