@@ -18,8 +18,8 @@ import ray.data
 from pipeline import cluster, store
 from pipeline.errors import ClipRejected, ManifestError, RejectReason
 from pipeline.stages import guard, latents
-from pipeline.stages.decode import Clip
 from pipeline.stages.reader import ClipReader
+from pipeline.stages.window import Clip
 from video_dit.shapes import VideoShape
 from video_dit.text import load_text_encoder
 from video_dit.vae import VideoVAE

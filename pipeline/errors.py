@@ -20,6 +20,7 @@ class RejectReason(StrEnum):
     TOO_SHORT = "too_short"  # fewer frames than the policy asks for
     TOO_SMALL = "too_small"  # a side below the model's stride
     TOO_LARGE = "too_large"  # pixels or frames above the decode limit
+    HDR = "hdr"  # PQ or HLG transfer: not what 8 bits of RGB can hold
     BAD_TIMES = "bad_times"  # timestamps missing, not finite or not increasing
     WRONG_FRAMES = "wrong_frames"  # count, shape or content differs from what was announced
     TIMEOUT = "timeout"  # the decoder was killed by the clock

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 import av
 import fsspec
@@ -27,7 +29,13 @@ _OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif,asf,mxf,h264,hevc,ivf,mp3,wav,flac,aac",
 }
 
-File = str | io.BytesIO
+# Messages at the level of errors that say nothing about the picture.
+_HARMLESS = ("chapter track",)
+
+PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273: more light than 8 bits of RGB hold
+
+File = str | BinaryIO
+COPY_BYTES = 1 << 20
 
 
 def suffix(uri: str) -> str:
@@ -40,25 +48,36 @@ def is_image(uri: str) -> bool:
     return suffix(uri) in IMAGE_SUFFIXES
 
 
-def open_file(uri: str) -> File:
-    """A local file's path, or the whole content of a remote one, for decoders that seek.
+@contextlib.contextmanager
+def open_file(uri: str) -> Iterator[File]:
+    """A local file's path, or a remote file that is read by ranges, as a decoder seeks.
 
     Raises:
         ClipRejected: UNREADABLE, the remote file cannot be fetched.
     """
     if "://" not in uri:
-        return uri
+        yield uri
+        return
     try:
-        with fsspec.open(uri) as remote:
-            return io.BytesIO(remote.read())
+        with fsspec.open(uri, "rb") as remote:
+            yield remote
     except OSError as error:
         raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error}") from error
 
 
-def rewind(file: File) -> None:
-    """Let the next decoder begin at the file's begin."""
-    if not isinstance(file, str):
-        file.seek(0)
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """The path of a local file, or of a temporary copy of a remote one, for readers that need all of it.
+
+    Raises:
+        ClipRejected: UNREADABLE, the remote file cannot be fetched.
+    """
+    with open_file(uri) as file, contextlib.ExitStack() as stack:
+        if not isinstance(file, str):
+            copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=suffix(uri)))
+            shutil.copyfileobj(file, copy, COPY_BYTES)
+            copy.flush()
+        yield file if isinstance(file, str) else copy.name
 
 
 @contextlib.contextmanager
@@ -67,9 +86,10 @@ def open_video(file: File) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     Raises:
         ClipRejected: UNREADABLE, no demuxer knows the file or its data ends in the middle; NOT_VIDEO, it holds no
-            moving picture (audio only, cover art).
+            moving picture (audio only, cover art); HDR.
     """
-    rewind(file)
+    if not isinstance(file, str):
+        file.seek(0)
     try:
         with av.open(file, mode="r", options=_OPTIONS) as container:
             stream = _best_stream(container)
@@ -106,7 +126,31 @@ def _best_stream(container: InputContainer) -> VideoStream:
         raise ClipRejected(RejectReason.NOT_VIDEO, "the only picture is cover art")
     if stream.codec_context is None or not stream.width or not stream.height:
         raise ClipRejected(RejectReason.NOT_VIDEO, "the video stream has no decoder or no size")
+    if stream.codec_context.color_trc in (PQ, HLG):
+        name = "PQ" if stream.codec_context.color_trc == PQ else "HLG"
+        raise ClipRejected(RejectReason.HDR, f"transfer {name}: convert the file to standard range (BT.709) first")
     return stream
+
+
+@contextlib.contextmanager
+def no_concealed_damage() -> Iterator[None]:
+    """Reject what FFmpeg mends in silence: lost references, broken blocks, data that ends in the middle.
+
+    Raises:
+        ClipRejected: WRONG_FRAMES, FFmpeg reported an error in the body.
+    """
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as said:
+            yield
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
+    for severity, name, message in said:
+        if severity <= av.logging.ERROR and not any(harmless in message for harmless in _HARMLESS):
+            raise ClipRejected(RejectReason.WRONG_FRAMES, f"damaged: {name}: {' '.join(message.split())}")
 
 
 @contextlib.contextmanager

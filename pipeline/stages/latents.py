@@ -11,7 +11,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.stages.decode import Clip
+from pipeline.stages.window import Clip
 from video_dit.vae import VideoVAE
 
 

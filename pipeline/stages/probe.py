@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from av.container import InputContainer
-from av.video.stream import VideoStream
-
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import container as media
+from pipeline.stages.packets import walk_through
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,26 +46,20 @@ def inspect(uri: str) -> Probe:
     """Read the facts from the container's packets. Headers lie about counts and durations; packets do not.
 
     Raises:
-        ClipRejected: UNREADABLE, NOT_VIDEO, NO_FRAMES, BAD_TIMES, or WRONG_FRAMES where frames are missing that the
-            header announces.
+        ClipRejected: UNREADABLE, NOT_VIDEO, HDR, NO_FRAMES, BAD_TIMES, or WRONG_FRAMES where frames are missing that
+            the header announces or FFmpeg reports damage.
     """
-    file = media.open_file(uri)
-    try:
-        source_id = _content_id(file)
-    except OSError as error:
-        raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error.strerror}") from error
-    return _inspect_image(file, source_id) if media.is_image(uri) else _inspect_video(file, source_id)
+    with media.local_copy(uri) as path:
+        try:
+            with Path(path).open("rb") as content:
+                source_id = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        except OSError as error:
+            raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error.strerror}") from error
+        return _inspect_image(path, source_id) if media.is_image(uri) else _inspect_video(path, source_id)
 
 
-def _content_id(file: media.File) -> str:
-    if isinstance(file, str):
-        with Path(file).open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    return hashlib.sha256(file.getbuffer()).hexdigest()[:16]
-
-
-def _inspect_image(file: media.File, source_id: str) -> Probe:
-    with media.open_image(file) as image:
+def _inspect_image(path: str, source_id: str) -> Probe:
+    with media.open_image(path) as image:
         height_px, width_px = media.upright_size(image)
         codec = (image.format or "image").lower()
     return Probe(
@@ -84,59 +76,29 @@ def _inspect_image(file: media.File, source_id: str) -> Probe:
     )
 
 
-def _inspect_video(file: media.File, source_id: str) -> Probe:
-    with media.open_video(file) as (container, stream):
-        num_packets, times_s, rotation_deg = _walk(container, stream)
-        if num_packets < stream.frames:
-            missing = f"{num_packets} frames, the header announces {stream.frames}"
+def _inspect_video(path: str, source_id: str) -> Probe:
+    with media.open_video(path) as (container, stream):
+        walk = walk_through(container, stream)
+        if walk.num_packets < stream.frames:
+            missing = f"{walk.num_packets} frames, the header announces {stream.frames}"
             raise ClipRejected(RejectReason.WRONG_FRAMES, missing)
-        if rotation_deg is None:
-            raise ClipRejected(RejectReason.NO_FRAMES, "not a single frame can be decoded")
-        start_s, last_s, fps = _rate(times_s, stream.average_rate)
+        start_s, last_s = walk.times_s[0], walk.times_s[-1]
+        num_frames = len(walk.times_s)
+        fps = (num_frames - 1) / (last_s - start_s) if num_frames > 1 else float(stream.average_rate or 1)
         aspect = float(stream.sample_aspect_ratio or 1) or 1.0
-        turned = rotation_deg % 180 != 0
+        turned = walk.rotation_deg % 180 != 0
         return Probe(
             source_id=source_id,
             codec=stream.codec_context.codec.canonical_name,
             height_px=stream.width if turned else stream.height,
             width_px=stream.height if turned else stream.width,
             pixel_aspect=1 / aspect if turned else aspect,
-            rotation_deg=rotation_deg,
+            rotation_deg=walk.rotation_deg,
             fps=fps,
-            num_frames=len(times_s),
+            num_frames=num_frames,
             start_s=start_s,
             end_s=last_s + 1 / fps,
         )
-
-
-def _walk(container: InputContainer, stream: VideoStream) -> tuple[int, list[float | None], int | None]:
-    """One pass over the packets: their number, the times of those that are shown (in stored order), and the rotation.
-
-    FFmpeg tells the rotation with a frame, so that packets are decoded until one comes out (None: none did).
-    """
-    num_packets, times_s, rotation_deg = 0, [], None
-    for packet in container.demux(stream):
-        if rotation_deg is None:
-            rotation_deg = next((round(frame.rotation / 90) * 90 for frame in packet.decode()), None)
-        if not packet.size:
-            continue  # the demuxer's end mark, which flushes the decoder
-        num_packets += 1
-        if not packet.is_discard:
-            stamp = packet.dts if packet.pts is None else packet.pts
-            times_s.append(None if stamp is None else media.seconds(stream, stamp))
-    return num_packets, times_s, rotation_deg
-
-
-def _rate(times_s: list[float | None], header_fps: Any) -> tuple[float, float, float]:
-    """First time, last time and mean rate of a stream's frames, given in any order."""
-    if not times_s:
-        raise ClipRejected(RejectReason.NO_FRAMES, "the video stream holds no frame")
-    known_s = sorted({time_s for time_s in times_s if time_s is not None})
-    if len(known_s) < len(times_s):
-        raise ClipRejected(RejectReason.BAD_TIMES, f"{len(times_s)} frames share {len(known_s)} presentation times")
-    if len(known_s) == 1:
-        return known_s[0], known_s[0], float(header_fps or 1)
-    return known_s[0], known_s[-1], (len(known_s) - 1) / (known_s[-1] - known_s[0])
 
 
 def probe(

@@ -22,8 +22,8 @@ import numpy as np
 
 import pipeline
 from pipeline.errors import ClipRejected, RejectReason
-from pipeline.stages.decode import Clip
 from pipeline.stages.probe import Probe
+from pipeline.stages.window import Clip
 
 LENGTH = struct.Struct(">Q")  # stands before every message
 START_TIMEOUT_S = 120.0  # imports, on a crowded machine

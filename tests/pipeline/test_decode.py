@@ -1,5 +1,6 @@
 """Decoding real files, good and bad, in the child process."""
 
+import importlib.util
 import io
 import os
 import signal
@@ -14,6 +15,7 @@ from PIL import Image
 
 from pipeline import media
 from pipeline.errors import ClipRejected, RejectReason
+from pipeline.stages import decode, decode_indexed
 from pipeline.stages.decode import read_clip
 from pipeline.stages.probe import inspect
 from pipeline.stages.reader import ClipReader
@@ -58,7 +60,19 @@ def difference(one, other):
     return np.abs(one.astype(int) - other).mean()
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def has_torchcodec():
+    return importlib.util.find_spec("torchcodec") is not None
+
+
+BACKENDS = [
+    "pyav",
+    pytest.param("torchcodec", marks=pytest.mark.skipif("not has_torchcodec()", reason="torchcodec is not installed")),
+    "decord",
+]
+INSTALLED = ["pyav", "torchcodec", "decord"] if has_torchcodec() else ["pyav", "decord"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_frames_come_back(tmp_path, reader, backend):
     path = write(tmp_path / "a.mp4", moving())
     clip = reader.read(path, 0.0, 17 / FPS, fps=float(FPS), num_frames=17, backend=backend)
@@ -68,22 +82,27 @@ def test_all_frames_come_back(tmp_path, reader, backend):
     assert difference(clip.video_u8, moving()) < 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
-def test_both_backends_give_the_same_pixels(tmp_path, reader, name):
+def test_all_backends_give_the_same_pixels(tmp_path, reader, name, backend):
     codec = "libvpx-vp9" if name.endswith("webm") else "libx264"
     path = write(tmp_path / name, moving(40, 96, 128), codec, first=40)
-    window = {"fps": 4.0, "num_frames": 9, "height_px": 48, "width_px": 64}
+    window = {"fps": 4.0, "num_frames": 9}
     facts = reader.probe(path)
     assert (facts.start_s, facts.num_frames) == (5.0, 40)
-    one = reader.read(path, 6.0, 8.25, **window, backend="decord")
-    other = reader.read(path, 6.0, 8.25, **window, backend="pyav")
+    one = reader.read(path, 6.0, 8.25, **window, backend="pyav")
+    other = reader.read(path, 6.0, 8.25, **window, backend=backend)
     assert np.array_equal(one.video_u8, other.video_u8)
     assert np.allclose(one.times_s, other.times_s, atol=1e-5)
     assert np.allclose(one.times_s, 6.0 + np.arange(9) / 4)
-    assert difference(one.video_u8[:, ::8, ::8], moving(40, 96, 128)[8:26:2, ::16, ::16]) < 3
+    assert difference(one.video_u8, moving(40, 96, 128)[8:26:2]) < 3
+    size = {"height_px": 48, "width_px": 64}
+    small = [reader.read(path, 6.0, 8.25, **window, **size, backend=name).video_u8 for name in ("pyav", backend)]
+    assert difference(*small) < 1
+    assert difference(small[0], one.video_u8.reshape(9, 48, 2, 64, 2, 3).mean((2, 4))) < 1
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_variable_rates_are_sampled_by_time(tmp_path, reader, backend):
     times_ms = [0, 100, 200, 300, 400, 1400, 1500, 1600, 1700, 1800]
     path = write(tmp_path / "vfr.mkv", moving(10), first=times_ms, fps=10)
@@ -92,13 +111,38 @@ def test_variable_rates_are_sampled_by_time(tmp_path, reader, backend):
 
 
 @pytest.mark.parametrize(("codec", "name"), [("libsvtav1", "a.mp4"), ("libx264", "a.ts"), ("libx264", "narrow.mp4")])
-def test_auto_falls_back_to_pyav_where_decord_fails(tmp_path, reader, codec, name):
+def test_files_that_decord_cannot_read(tmp_path, reader, codec, name):
     video_u8 = moving(17, 64, 48 if name == "narrow.mp4" else 64)
     path = write(tmp_path / name, video_u8, codec, options={})
     facts = reader.probe(path)
     clip = reader.read(path, facts.start_s, facts.end_s, fps=facts.fps, num_frames=17)
-    assert clip.backend == ("pyav" if name != "narrow.mp4" else clip.backend)
+    assert clip.backend == "pyav"
     assert difference(clip.video_u8, video_u8) < 6
+
+
+def test_another_backend_serves_where_the_first_does_not_work(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", moving(9))
+
+    def fails(uri, window):
+        raise ValueError("no\nluck")
+
+    def is_missing(uri, window):
+        raise ModuleNotFoundError("torchcodec")
+
+    monkeypatch.setitem(decode.READERS, "pyav", fails)
+    monkeypatch.setitem(decode.READERS, "torchcodec", is_missing)
+    assert read_clip(path, 0.0, 9 / FPS, fps=8.0).backend == "decord"
+    monkeypatch.setitem(decode.READERS, "decord", fails)
+    with pytest.raises(ClipRejected, match="unreadable: pyav: ValueError: no luck; decord: ValueError: no luck"):
+        read_clip(path, 0.0, 9 / FPS, fps=8.0)
+
+    def sees_damage(uri, window):
+        raise ClipRejected(RejectReason.WRONG_FRAMES, "damaged")
+
+    monkeypatch.setitem(decode.READERS, "pyav", sees_damage)  # another that sees none is not asked
+    monkeypatch.setitem(decode.READERS, "decord", decode_indexed.read_decord)
+    with pytest.raises(ClipRejected, match="wrong_frames: damaged"):
+        read_clip(path, 0.0, 9 / FPS, fps=8.0)
 
 
 def test_dropped_frames_of_a_stream_copy_are_not_shown(tmp_path, reader):
@@ -115,15 +159,19 @@ def test_dropped_frames_of_a_stream_copy_are_not_shown(tmp_path, reader):
     facts = reader.probe(cut)
     assert facts.num_frames == 24
     clip = reader.read(cut, 0.0, 9 / FPS, fps=float(FPS), num_frames=9)
-    assert clip.backend == "pyav"  # decord shows the hidden second's pictures as if they were these
     assert difference(clip.video_u8, moving(32)[8:17]) < 2
+    with pytest.raises(
+        ClipRejected, match="wrong_frames"
+    ):  # it would show the hidden second
+        reader.read(cut, 0.0, 9 / FPS, fps=float(FPS), num_frames=9, backend="decord")
 
 
 def test_still_pictures_repeat_on_purpose(tmp_path, reader):
     path = write(tmp_path / "still.mp4", np.repeat(moving(1), 17, axis=0))
     clip = reader.read(path, 0.0, 17 / FPS, fps=float(FPS), num_frames=17)
-    assert clip.backend == "pyav"  # equal frames may be lost ones: the second decoder has the word
     assert difference(clip.video_u8, np.repeat(moving(1), 17, axis=0)) < 2
+    with pytest.raises(ClipRejected, match="may be repeated"):  # its equal frames may be lost ones
+        reader.read(path, 0.0, 17 / FPS, fps=float(FPS), num_frames=17, backend="decord")
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
@@ -134,14 +182,14 @@ def test_rotation_is_applied_alike(tmp_path, reader, degrees):
     facts = reader.probe(path)
     expected = np.rot90(video_u8, degrees // 90, axes=(1, 2))
     assert (facts.height_px, facts.width_px) == expected.shape[1:3]
-    for backend in ("decord", "pyav"):
+    for backend in INSTALLED:
         clip = reader.read(path, 0.0, 9 / FPS, fps=float(FPS), backend=backend)
         assert difference(clip.video_u8, expected) < 4
 
 
 def test_ten_bits_become_eight(tmp_path, reader):
     path = write(tmp_path / "deep.mp4", moving(9), "libx265", pix_fmt="yuv420p10le", options={"x265-params": "qp=4"})
-    for backend in ("decord", "pyav"):
+    for backend in INSTALLED:
         clip = reader.read(path, 0.0, 9 / FPS, fps=float(FPS), backend=backend)
         assert difference(clip.video_u8, moving(9)) < 3
 
@@ -165,7 +213,7 @@ def test_remote_files(tmp_path):
     fsspec.filesystem("memory").pipe_file("/decode/a.mp4", data)
     facts = inspect("memory://decode/a.mp4")
     assert facts.num_frames == 17
-    for backend in ("decord", "pyav"):
+    for backend in INSTALLED:
         clip = read_clip("memory://decode/a.mp4", 0.0, 17 / FPS, fps=8.0, num_frames=17, backend=backend)
         assert difference(clip.video_u8, moving()) < 2
 

@@ -1,0 +1,125 @@
+"""Frames of one clip by PyAV: the packets tell the times, so that only what must be decoded is decoded.
+
+One pass over the packets from the keyframe before the window to its end tells every presentation time, and so which
+frames will be taken. Then the same packets are decoded: those that no other frame needs and nobody asked for are
+skipped, frames in between are never converted, and nothing behind the last one taken is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from pipeline.errors import ClipRejected, RejectReason
+from pipeline.stages import container as media
+from pipeline.stages.packets import from_keyframe, in_order, presentation
+from pipeline.stages.window import Clip, Video, Window, empty_video
+
+REORDER_S = 0.5  # a packet's decoding time may be this much later than its presentation time in odd files
+
+
+def read(uri: str, window: Window) -> Clip:
+    """Frames of a window of a video.
+
+    Raises:
+        ClipRejected: the file cannot be opened, or does not hold undamaged frames for the whole window.
+    """
+    with media.open_file(uri) as file:
+        clip = _read_from(file, window, seek=True)
+        if clip is None:  # the file's index is wrong: from the begin
+            clip = _read_from(file, window, seek=False)
+        assert clip is not None
+        return clip
+
+
+def _read_from(file: media.File, window: Window, seek: bool) -> Clip | None:
+    """The clip, or None where the seek landed behind the window's first frame."""
+    with media.open_video(file) as (container, stream), media.no_concealed_damage():
+        seek = seek and window.start_s > media.start_s(stream)
+        if seek:
+            container.seek(media.stamp(stream, window.start_s), stream=stream)
+        packets = _packets_of(container, stream, window)
+        stamps = in_order([presentation(packet) for packet in packets if not packet.is_discard])
+        times_s = np.array([media.seconds(stream, stamp) for stamp in stamps])
+        if seek and not (len(times_s) and times_s[0] <= window.start_s):
+            return None
+        indices = window.choose(times_s)
+        return Clip(_decode(packets, stream, stamps, indices, window), times_s[indices], "pyav")
+
+
+def _packets_of(container: InputContainer, stream: VideoStream, window: Window) -> list[Packet]:
+    """From a keyframe on, until no later one can be in the window."""
+    stop_s = window.last_s + REORDER_S
+    packets = []
+    for packet in from_keyframe(container.demux(stream)):
+        packets.append(packet)
+        if packet.dts is not None and media.seconds(stream, packet.dts) > stop_s:
+            break
+    return packets
+
+
+def _decode(
+    packets: Sequence[Packet], stream: VideoStream, stamps: list[int], indices: NDArray[np.int64], window: Window
+) -> Video:
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(stamps[index], []).append(place)
+    last = max(number for number, packet in enumerate(packets) if presentation(packet) in places)
+    picture = _Picture(stream, window)
+    video_u8: Video | None = None
+    num_found = 0
+    for packet in [*packets[: last + 1], None]:
+        wanted = packet is None or presentation(packet) in places
+        stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        for frame in stream.codec_context.decode(packet):
+            where = places.pop(frame.pts, None) if frame.pts is not None else None
+            if where is None:
+                continue
+            if video_u8 is None:
+                video_u8 = empty_video(len(indices), *picture.size(frame))
+            picture.write(frame, video_u8[where[0]])
+            video_u8[where[1:]] = video_u8[where[0]]
+            num_found += 1
+    if places or video_u8 is None:
+        lost = f"{len(places)} of {len(places) + num_found} frames cannot be decoded"
+        raise ClipRejected(RejectReason.WRONG_FRAMES, lost)
+    return video_u8
+
+
+class _Picture:
+    """From a decoder's frame to 8-bit RGB at the window's size, turned as the file says."""
+
+    def __init__(self, stream: VideoStream, window: Window) -> None:
+        self._stored = (stream.height, stream.width)
+        self._size = window.size
+        self._reformatter = VideoReformatter()  # one for the clip: it keeps its conversion tables
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        rows, columns = self._stored
+        return self._size or ((columns, rows) if _quarter_turns(frame) % 2 else (rows, columns))
+
+    def write(self, frame: av.VideoFrame, into: Video) -> None:
+        if frame.is_corrupt or (frame.height, frame.width) != self._stored:
+            found = "damaged" if frame.is_corrupt else f"{frame.height}x{frame.width} px"
+            announced = f"{self._stored[0]}x{self._stored[1]} px"
+            raise ClipRejected(
+                RejectReason.WRONG_FRAMES, f"the frame at {frame.time:.3f} s is {found}, not {announced}"
+            )
+        turns = _quarter_turns(frame)
+        rows, columns = into.shape[:2] if turns % 2 == 0 else into.shape[1::-1]
+        rgb = self._reformatter.reformat(frame, columns, rows, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+        plane = rgb.planes[0]
+        lines = np.frombuffer(memoryview(plane), np.uint8).reshape(rows, plane.line_size)
+        into[:] = np.rot90(lines[:, : 3 * columns].reshape(rows, columns, 3), turns)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4
