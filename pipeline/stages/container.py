@@ -86,7 +86,7 @@ def open_video(file: File) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     Raises:
         ClipRejected: UNREADABLE, no demuxer knows the file or its data ends in the middle; NOT_VIDEO, it holds no
-            moving picture (audio only, cover art); HDR.
+            moving picture (audio only, cover art); HDR; BAD_TIMES, an AVI with reordered frames.
     """
     if not isinstance(file, str):
         file.seek(0)
@@ -129,6 +129,9 @@ def _best_stream(container: InputContainer) -> VideoStream:
     if stream.codec_context.color_trc in (PQ, HLG):
         name = "PQ" if stream.codec_context.color_trc == PQ else "HLG"
         raise ClipRejected(RejectReason.HDR, f"transfer {name}: convert the file to standard range (BT.709) first")
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        detail = "AVI does not tell when reordered frames (B-frames) are shown: encode the file again"
+        raise ClipRejected(RejectReason.BAD_TIMES, detail)
     return stream
 
 

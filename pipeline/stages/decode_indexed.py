@@ -24,8 +24,8 @@ from pipeline.stages.window import TIME_TOLERANCE_S, Clip, Times, Video, Window,
 CHUNK_BYTES = 64 << 20  # full-size frames that are held at once
 
 Indices = NDArray[np.int64]
-Chunk = tuple[Times, Video]  # times from the first frame on, frames
-Decoder = Callable[[str, Iterator[Indices]], Iterator[Chunk]]
+Chunk = tuple[Times, Video]  # presentation times, frames
+Decoder = Callable[[str, float, Iterator[Indices]], Iterator[Chunk]]
 
 
 def read_torchcodec(uri: str, window: Window) -> Clip:
@@ -48,30 +48,29 @@ def read_decord(uri: str, window: Window) -> Clip:
     return _read(uri, window, "decord", _decord)
 
 
-def _torchcodec(path: str, chunks: Iterator[Indices]) -> Iterator[Chunk]:
+def _torchcodec(path: str, start_s: float, chunks: Iterator[Indices]) -> Iterator[Chunk]:
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
-    first_s = decoder.get_frame_at(0).pts_seconds
     for chunk in chunks:
         batch = decoder.get_frames_at(chunk.tolist())
-        yield batch.pts_seconds.numpy() - first_s, batch.data.numpy()
+        yield batch.pts_seconds.numpy(), batch.data.numpy()
 
 
-def _decord(path: str, chunks: Iterator[Indices]) -> Iterator[Chunk]:
+def _decord(path: str, start_s: float, chunks: Iterator[Indices]) -> Iterator[Chunk]:
     import decord
 
     reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)  # more threads read ahead without limit
-    first_s = reader.get_frame_timestamp([0])[0, 0]
     for chunk in chunks:
-        yield reader.get_frame_timestamp(chunk)[:, 0] - first_s, reader.get_batch(chunk).asnumpy()
+        times_s = reader.get_frame_timestamp(chunk)[:, 0].astype(np.float64)  # from the stream's start
+        yield start_s + times_s, reader.get_batch(chunk).asnumpy()
 
 
 def _read(uri: str, window: Window, backend: str, decoder: Decoder) -> Clip:
     with media.local_copy(uri) as path:
         with media.open_video(path) as (container, stream):  # the allow-list of formats, which the others do not have
             walk = walk_through(container, stream)
-            times_s = np.array(walk.times_s)
+            times_s, start_s = np.array(walk.times_s), media.start_s(stream)
             shape = (stream.width, stream.height) if walk.rotation_deg % 180 else (stream.height, stream.width)
         indices = window.choose(times_s)
         unique, where = np.unique(indices, return_inverse=True)
@@ -79,9 +78,9 @@ def _read(uri: str, window: Window, backend: str, decoder: Decoder) -> Clip:
         chunks = (unique[first : first + frames_per_chunk] for first in range(0, len(unique), frames_per_chunk))
         video_u8 = empty_video(len(unique), *(window.size or shape))
         num_done = 0
-        for found_s, frames in decoder(path, chunks):
+        for found_s, frames in decoder(path, start_s, chunks):
             stop = num_done + len(frames)
-            _check(frames, shape, found_s, times_s[unique[num_done:stop]] - times_s[0])
+            _check(frames, shape, found_s, times_s[unique[num_done:stop]])
             for place, frame in enumerate(frames, start=num_done):
                 video_u8[place] = resize(frame, window.size)
             num_done = stop

@@ -14,8 +14,10 @@ from pipeline.stages import container as media
 
 
 def presentation(packet: Packet) -> int | None:
-    """When the packet's frame is shown, in the stream's unit; its decoding time where the file tells no other."""
-    return packet.dts if packet.pts is None else packet.pts
+    """When the packet's frame is shown, in the stream's unit; None where the file does not tell."""
+    if packet.pts is None and not packet.stream.codec_context.has_b_frames:
+        return packet.dts  # frames are shown as they are decoded
+    return packet.pts
 
 
 def from_keyframe(packets: Iterable[Packet]) -> Iterator[Packet]:

@@ -55,20 +55,23 @@ class Window(NamedTuple):
         """
         if not len(times_s):
             raise ClipRejected(RejectReason.NO_FRAMES, "not a single frame can be decoded")
+        tolerance_s = (
+            min(TIME_TOLERANCE_S, 0.4 * float(np.median(np.diff(times_s)))) if len(times_s) > 1 else TIME_TOLERANCE_S
+        )
         if self.fps is None:
-            return self._all_inside(times_s)
+            return self._all_inside(times_s, tolerance_s)
         samples_s = self.start_s + np.arange(self._num_samples) / self.fps
-        indices = np.searchsorted(times_s, samples_s + TIME_TOLERANCE_S, side="right") - 1
+        indices = np.searchsorted(times_s, samples_s + tolerance_s, side="right") - 1
         if indices[0] < 0:
             found = f"frames begin at {times_s[0]:.3f} s, after the sample at {samples_s[0]:.3f} s"
             raise ClipRejected(RejectReason.WRONG_FRAMES, found)
-        if samples_s[-1] - times_s[-1] > 1 / self.fps + TIME_TOLERANCE_S:
+        if samples_s[-1] - times_s[-1] > 1 / self.fps + tolerance_s:
             found = f"frames end at {times_s[-1]:.3f} s, before the sample at {samples_s[-1]:.3f} s"
             raise ClipRejected(RejectReason.WRONG_FRAMES, found)
         return indices
 
-    def _all_inside(self, times_s: Times) -> NDArray[np.int64]:
-        inside = (times_s >= self.start_s - TIME_TOLERANCE_S) & (times_s < self.end_s - TIME_TOLERANCE_S)
+    def _all_inside(self, times_s: Times, tolerance_s: float) -> NDArray[np.int64]:
+        inside = (times_s >= self.start_s - tolerance_s) & (times_s < self.end_s - tolerance_s)
         indices = np.flatnonzero(inside)
         if not len(indices):
             raise ClipRejected(RejectReason.NO_FRAMES, f"no frame in [{self.start_s}, {self.end_s}) s")

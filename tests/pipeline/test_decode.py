@@ -160,9 +160,7 @@ def test_dropped_frames_of_a_stream_copy_are_not_shown(tmp_path, reader):
     assert facts.num_frames == 24
     clip = reader.read(cut, 0.0, 9 / FPS, fps=float(FPS), num_frames=9)
     assert difference(clip.video_u8, moving(32)[8:17]) < 2
-    with pytest.raises(
-        ClipRejected, match="wrong_frames"
-    ):  # it would show the hidden second
+    with pytest.raises(ClipRejected, match="wrong_frames"):  # it would show the hidden second
         reader.read(cut, 0.0, 9 / FPS, fps=float(FPS), num_frames=9, backend="decord")
 
 
