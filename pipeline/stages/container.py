@@ -6,8 +6,8 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import av
 import fsspec
@@ -28,6 +28,8 @@ _OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif,asf,mxf,h264,hevc,ivf,mp3,wav,flac,aac",
 }
+
+_SKIP_ALL = [{"skip_frame": "all"}] * 8  # for each of so many streams, while the file is being opened
 
 # Messages at the level of errors that say nothing about the picture.
 _HARMLESS = ("chapter track",)
@@ -81,8 +83,13 @@ def local_copy(uri: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def open_video(file: File) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(file: File, quick: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream; one decoder thread, since clips are decoded side by side.
+
+    Args:
+        file: what `open_file` gave.
+        quick: do not decode the first frames of an MP4 to learn what its index says anyway. Their colours and their
+            pixel format stay unknown until a frame is decoded.
 
     Raises:
         ClipRejected: UNREADABLE, no demuxer knows the file or its data ends in the middle; NOT_VIDEO, it holds no
@@ -91,12 +98,20 @@ def open_video(file: File) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not isinstance(file, str):
         file.seek(0)
     try:
-        with av.open(file, mode="r", options=_OPTIONS) as container:
+        stream_options: Any = _SKIP_ALL if quick and _is_mp4(file) else None
+        with av.open(file, mode="r", options=_OPTIONS, stream_options=stream_options) as container:
             stream = _best_stream(container)
             stream.codec_context.thread_count = 1
             yield container, stream
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error.strerror}") from error
+
+
+def _is_mp4(file: File) -> bool:
+    with Path(file).open("rb") if isinstance(file, str) else contextlib.nullcontext(file) as content:
+        begin = content.read(8)
+        content.seek(0)
+    return begin[4:] == b"ftyp"
 
 
 def start_s(stream: VideoStream) -> float:
@@ -126,13 +141,22 @@ def _best_stream(container: InputContainer) -> VideoStream:
         raise ClipRejected(RejectReason.NOT_VIDEO, "the only picture is cover art")
     if stream.codec_context is None or not stream.width or not stream.height:
         raise ClipRejected(RejectReason.NOT_VIDEO, "the video stream has no decoder or no size")
-    if stream.codec_context.color_trc in (PQ, HLG):
-        name = "PQ" if stream.codec_context.color_trc == PQ else "HLG"
-        raise ClipRejected(RejectReason.HDR, f"transfer {name}: convert the file to standard range (BT.709) first")
+    check_range(stream.codec_context.color_trc)
     if container.format.name == "avi" and stream.codec_context.has_b_frames:
         detail = "AVI does not tell when reordered frames (B-frames) are shown: encode the file again"
         raise ClipRejected(RejectReason.BAD_TIMES, detail)
     return stream
+
+
+def check_range(color_trc: int) -> None:
+    """Reject more light than 8 bits of RGB hold.
+
+    Raises:
+        ClipRejected: HDR.
+    """
+    if color_trc in (PQ, HLG):
+        name = "PQ" if color_trc == PQ else "HLG"
+        raise ClipRejected(RejectReason.HDR, f"transfer {name}: convert the file to standard range (BT.709) first")
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def read(uri: str, window: Window) -> Clip:
 
 def _read_from(file: media.File, window: Window, seek: bool) -> Clip | None:
     """The clip, or None where the seek landed behind the window's first frame."""
-    with media.open_video(file) as (container, stream), media.no_concealed_damage():
+    with media.open_video(file, quick=True) as (container, stream), media.no_concealed_damage():
         seek = seek and window.start_s > media.start_s(stream)
         if seek:
             container.seek(media.stamp(stream, window.start_s), stream=stream)
@@ -114,6 +114,7 @@ class _Picture:
             raise ClipRejected(
                 RejectReason.WRONG_FRAMES, f"the frame at {frame.time:.3f} s is {found}, not {announced}"
             )
+        media.check_range(frame.color_trc)
         turns = _quarter_turns(frame)
         rows, columns = into.shape[:2] if turns % 2 == 0 else into.shape[1::-1]
         plane = self._to_rgb(frame, rows, columns).planes[0]
