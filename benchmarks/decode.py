@@ -119,9 +119,13 @@ def pyav_loop(file: str, first: int) -> np.ndarray:
     return np.stack(frames)
 
 
-READERS: dict[str, Reader] = {"ours": ours, "decord": decord, "PyAV loop": pyav_loop}
-if importlib.util.find_spec("torchcodec"):
-    READERS |= {"torchcodec": torchcodec, "torchcodec, approximate seek": torchcodec_approximate}
+READERS: dict[str, Reader] = {
+    "ours": ours,
+    "decord": decord,
+    "PyAV loop": pyav_loop,
+    "torchcodec": torchcodec,
+    "torchcodec, approximate seek": torchcodec_approximate,
+}
 SCALED: dict[str, Reader] = {"ours, scaled": ours_scaled, "decord, scaled": decord_scaled}
 
 
@@ -129,13 +133,14 @@ def measure(file: str, num_clips: int) -> dict[str, object]:
     """Ratios of CPU time, the largest difference from ours and the peak memory of each reader."""
     with av.open(file) as container:
         last = container.streams.video[0].frames - NUM_FRAMES
-    times: dict[str, list[float]] = {name: [] for name in READERS | SCALED}
+    has_torchcodec = importlib.util.find_spec("torchcodec") is not None
+    names = [name for name in (*READERS, *SCALED) if has_torchcodec or "torchcodec" not in name]
+    times: dict[str, list[float]] = {name: [] for name in names}
     off = dict.fromkeys(times, 0)
     rng = random.Random(0)
     for number in range(num_clips):
         first = rng.randint(0, last)
         found = {}
-        names = [*READERS, *SCALED]
         for name in names if number % 2 else names[::-1]:
             start_s = time.process_time()
             found[name] = (READERS | SCALED)[name](file, first)

@@ -22,7 +22,10 @@ from pipeline.stages import container as media
 from pipeline.stages.packets import from_keyframe, in_order, presentation
 from pipeline.stages.window import Clip, Video, Window, empty_video
 
-SCALED_BY_PLANE = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12"})
+PLANES_OF_8_BITS = {
+    name: name for name in ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12")
+} | {f"yuv{chroma}p{depth}le": f"yuv{chroma}p" for chroma in (420, 422, 444) for depth in (10, 12)}
+SKIPPING_CODECS = frozenset({"h264", "hevc"})  # others look at `skip_frame` once for all packets, or not at all
 REORDER_S = 0.5  # a packet's decoding time may be this much later than its presentation time in odd files
 
 
@@ -76,9 +79,10 @@ def _decode(
     picture = _Picture(stream, window)
     video_u8: Video | None = None
     num_found = 0
+    can_skip = stream.codec_context.codec.canonical_name in SKIPPING_CODECS
     for packet in [*packets[: last + 1], None]:
         wanted = packet is None or presentation(packet) in places
-        stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        stream.codec_context.skip_frame = "DEFAULT" if wanted or not can_skip else "NONREF"
         for frame in stream.codec_context.decode(packet):
             where = places.pop(frame.pts, None) if frame.pts is not None else None
             if where is None:
@@ -122,10 +126,13 @@ class _Picture:
         into[:] = np.rot90(lines[:, : 3 * columns].reshape(rows, columns, 3), turns)
 
     def _to_rgb(self, frame: av.VideoFrame, rows: int, columns: int) -> av.VideoFrame:
-        if (rows, columns) != self._stored and frame.format.name in SCALED_BY_PLANE:
-            # Scaled and converted in one step, swscale takes three times as long and darkens by a level or more.
-            frame = self._scaler.reformat(frame, columns, rows, interpolation=Interpolation.BILINEAR, threads=1)
-        return self._converter.reformat(frame, columns, rows, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+        same = {"interpolation": Interpolation.BILINEAR, "threads": 1}
+        planes = PLANES_OF_8_BITS.get(frame.format.name)
+        if planes is not None:
+            # Scaled and converted in one step, swscale takes three times as long and darkens by a level or more; and
+            # 10 bits converted in one step have other colours at edges than the same picture in 8 bits.
+            frame = self._scaler.reformat(frame, columns, rows, planes, **same)
+        return self._converter.reformat(frame, columns, rows, "rgb24", **same)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

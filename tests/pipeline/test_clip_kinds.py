@@ -47,6 +47,20 @@ def test_a_kind_gives_its_frames_or_a_reason(tmp_path, reader, name):
     check(KINDS[name], outcome(*calls(reader, uri), uri))
 
 
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.reasons])
+def test_any_window_of_a_good_file_is_that_part_of_the_whole(tmp_path, reader, name):
+    uri = KINDS[name].make(tmp_path)
+    probe, read = calls(reader, uri)
+    facts = probe(uri)
+    whole = read(uri, facts.start_s, facts.end_s)
+    for first in range(0, len(whole.times_s), 5):
+        times_s = whole.times_s[first : first + 3]
+        stop_s = np.append(whole.times_s, facts.end_s)[min(first + 3, len(whole.times_s))]
+        part = read(uri, times_s[0], stop_s)
+        assert np.array_equal(part.video_u8, whole.video_u8[first : first + 3])
+        assert np.allclose(part.times_s, times_s, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", [name for name in READERS if name != "pyav"])  # auto is PyAV's
 def test_other_backends_refuse_more_but_show_nothing_wrong(tmp_path, reader, backend):
     pytest.importorskip(backend)
