@@ -15,7 +15,7 @@ import ray.data
 
 from pipeline import cluster, schema, sources, store
 from pipeline.errors import ClipRejected, RejectReason
-from pipeline.sources import SourceRow
+from pipeline.source_rows import SourceConfig, SourceRow
 from pipeline.stages import caption, guard, probe, split
 from pipeline.stages.reader import ClipReader
 
@@ -44,6 +44,7 @@ class CurateConfig:
     """What becomes a clip, and of what size.
 
     Attributes:
+        files: how to read a manifest, and which files to use.
         fps: sampling rate; slower files keep their own.
         max_frames: longest clip, 1 + k * stride_frames.
         min_frames: shortest clip of a video; a still picture is one frame.
@@ -61,6 +62,7 @@ class CurateConfig:
         num_actors: probing processes; None is one a CPU. Does not change the result.
     """
 
+    files: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     fps: float = 8.0
     max_frames: int = 33
     min_frames: int = 9
@@ -111,7 +113,7 @@ def curate(config: CurateConfig, source: str, storage: str) -> store.Manifest:
         SourceError: nothing usable is there.
         TooManyRejectsError: too few sources give a clip; the rejects are written, nothing is published.
     """
-    rows = sources.list_sources(source)
+    rows = sources.list_sources(source, config.files)
     settings = dataclasses.asdict(config)
     del settings["num_actors"]  # how, not what
     identity = {**settings, "source": store.absolute(source), "source_hash": sources.source_hash(rows)}

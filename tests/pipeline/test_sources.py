@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SourceError
+from pipeline.source_rows import SourceConfig
 from pipeline.sources import list_sources, source_hash
 
 
@@ -90,6 +91,75 @@ def test_bad_lines_of_a_manifest_are_rows_with_a_problem(tmp_path):
     assert "not JSON" in broken.problem
     assert "a int" in number.problem
     assert good.caption == "first"
+
+
+def facts(rows):
+    return [(row.source_uri.rsplit("/", 1)[1], row.caption, row.start_s, row.end_s) for row in rows]
+
+
+PANDA_TIMES = "[['0:00:01.500', '0:00:03.000'], ['0:01:02.000', '1:00:00.250']]"
+PANDA = f"""videoID,url,timestamp,caption,matching_score
+abc,https://example.org/abc,"{PANDA_TIMES}","['a dog', ""the dog's cat""]","[0.4, 0.5]"
+xyz,https://example.org/xyz,"{PANDA_TIMES}","['one']","[0.4]"
+"""
+OPEN_SORA_PLAN = [{"path": "a.mp4", "cap": ["a dog", "an animal"], "fps": 24.0}, {"path": "b.jpg", "cap": "a cat"}, 7]
+KOHYA = '{"video_path": "a.mp4", "caption": "a dog"}\n{"image_path": "b.jpg", "caption": "a cat"}\n'
+LAYOUT_FILES = {
+    "panda70m": ("m.csv", PANDA),
+    "open_sora_plan": ("m.json", json.dumps(OPEN_SORA_PLAN)),
+    "open_sora": ("m.csv", "path,text,num_frames\na.mp4,a dog,33\nb.jpg,a cat,1\n"),
+    "openvid": ("m.csv", "video,caption,aesthetic score,fps,seconds\na.mp4,a dog,5.5,24,3\nb.jpg,a cat,4,1,0\n"),
+    "kohya": ("m.jsonl", KOHYA),
+    "auto": ("m.jsonl", KOHYA),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUT_FILES)
+def test_the_layouts_of_datasets(tmp_path, layout):
+    name, text = LAYOUT_FILES[layout]
+    (tmp_path / name).write_text(text)
+    rows = list_sources(str(tmp_path / name), SourceConfig(layout=layout))
+    if layout == "panda70m":
+        assert facts(rows[:2]) == [("abc.mp4", "a dog", 1.5, 3.0), ("abc.mp4", "the dog's cat", 62.0, 3600.25)]
+        assert "equal length" in rows[2].problem
+        return
+    assert facts(rows[:2]) == [("a.mp4", "a dog", None, None), ("b.jpg", "a cat", None, None)]
+    assert [row.problem for row in rows[2:]] == (["a int, not an object"] if layout == "open_sora_plan" else [])
+
+
+def test_columns_and_media_folder_are_given(tmp_path):
+    (tmp_path / "m.csv").write_text("clip_name,long_caption\na.mp4,a dog\n")
+    columns = {"path_column": "clip_name", "caption_column": "long_caption"}
+    row = list_sources(str(tmp_path / "m.csv"), SourceConfig(**columns, media_folder="s3://bucket/videos"))[0]
+    assert (row.source_uri, row.caption) == ("s3://bucket/videos/a.mp4", "a dog")
+    with pytest.raises(ValueError, match="layout='other': must be one of"):
+        SourceConfig(layout="other")
+
+
+def test_two_lists_are_a_manifest(tmp_path):
+    (tmp_path / "videos.txt").write_text("videos/a.mp4\n\nvideos/b.mp4\n")
+    (tmp_path / "prompts.txt").write_text("a dog\nnothing\na cat\n")
+    first, empty, last = list_sources(str(tmp_path))
+    assert facts([first, last]) == [("a.mp4", "a dog", None, None), ("b.mp4", "a cat", None, None)]
+    assert "names no file" in empty.problem
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    with pytest.raises(SourceError, match="3 lines, prompts.txt 1"):
+        list_sources(str(tmp_path))
+
+
+def test_files_are_chosen_by_patterns(tmp_path):
+    for name in ("train/a.mp4", "train/b.mov", "test/c.mp4"):
+        touch(tmp_path / name)
+
+    def found(**patterns):
+        return [
+            row.source_uri[len(str(tmp_path)) + 1 :] for row in list_sources(str(tmp_path), SourceConfig(**patterns))
+        ]
+
+    assert found(include=("*.mp4",)) == ["test/c.mp4", "train/a.mp4"]
+    assert found(include=("*/train/*",), exclude=("*.mov",)) == ["train/a.mp4"]
+    with pytest.raises(SourceError, match=r"leave none of its 3 files"):
+        found(exclude=("*",))
 
 
 def test_errors_tell_what_was_found(tmp_path):
