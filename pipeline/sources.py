@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline import manifests, store
+from pipeline import manifests, store, tars
 from pipeline.errors import SourceError
+from pipeline.sidecars import CAPTIONS
 from pipeline.source_rows import SourceConfig, SourceRow, version
-from pipeline.stages.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, suffix
-
-MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+from pipeline.stages.container import MEDIA_SUFFIXES, suffix
 
 
 def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow]:
     """All sources of a folder (recursive), a manifest (.jsonl, .json, .csv, .parquet) or one file, in a fixed order.
 
     Captions stand beside a file as `<stem>.txt` or `<stem>.json` (key caption or text), in a manifest's column, or in a
-    folder's `prompts.txt`, line by line with its `videos.txt`. Names that begin with a dot are left out.
+    folder's `prompts.txt`, line by line with its `videos.txt`. WebDataset shards (.tar), alone or in a folder, are read
+    in place. Names that begin with a dot are left out.
 
     Raises:
         SourceError: the URL is not there, holds nothing usable, or lacks a column.
@@ -61,40 +61,35 @@ def _folder_rows(url: str) -> list[SourceRow]:
     fs, path = store.filesystem(url)
     files: dict[str, Mapping[str, Any]] = fs.find(path, detail=True) if fs.isdir(path) else {path: fs.info(path)}
     seen = {name: info for name, info in files.items() if not PurePosixPath(name).name.startswith(".")}
-    media = sorted(name for name in seen if suffix(name) in MEDIA_SUFFIXES)
-    if not media:
-        kinds = sorted({suffix(name) or PurePosixPath(name).name for name in seen})[:10]
-        known = " ".join(sorted(MEDIA_SUFFIXES))
-        raise SourceError(f"source {url!r} holds no video or picture ({known}); found: {' '.join(kinds) or 'nothing'}")
-    is_local = "://" not in url
     rows = []
-    for name in media:
-        uri = name if is_local else fs.unstrip_protocol(name)
-        caption, problem = _sidecar(uri, name, files)
-        rows.append(
-            SourceRow(
-                source_uri=uri,
-                caption=caption,
-                caption_source=None if caption is None else "sidecar",
-                version=version(seen[name]),
-                problem=problem,
-            )
-        )
+    for name in sorted(seen):
+        uri = name if "://" not in url else fs.unstrip_protocol(name)
+        if suffix(name) == ".tar":
+            rows += tars.tar_rows(uri)
+        elif suffix(name) in MEDIA_SUFFIXES:
+            rows.append(_file_row(uri, name, files))
+    if not rows:
+        kinds = sorted({suffix(name) or PurePosixPath(name).name for name in seen})[:10]
+        known = " ".join((".tar", *sorted(MEDIA_SUFFIXES)))
+        raise SourceError(f"source {url!r} holds no video or picture ({known}); found: {' '.join(kinds) or 'nothing'}")
     return rows
+
+
+def _file_row(uri: str, name: str, files: Mapping[str, Any]) -> SourceRow:
+    caption, problem = _sidecar(uri, name, files)
+    return SourceRow(
+        source_uri=uri,
+        caption=caption,
+        caption_source=None if caption is None else "sidecar",
+        version=version(files[name]),
+        problem=problem,
+    )
 
 
 def _sidecar(uri: str, name: str, files: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """The caption beside a file, and what is wrong with it."""
     stem = len(suffix(name))
-    if name[:-stem] + ".txt" in files:
-        return store.read_bytes(uri[:-stem] + ".txt").decode(errors="replace").strip() or None, None
-    if name[:-stem] + ".json" not in files:
-        return None, None
-    try:
-        fields = store.read_json(uri[:-stem] + ".json")
-    except ValueError as error:
-        return None, f"its sidecar .json cannot be read: {error}"
-    if not isinstance(fields, dict):
-        return None, f"its sidecar .json holds a {type(fields).__name__}, not an object"
-    text = fields.get("caption", fields.get("text"))
-    return (text.strip() or None, None) if isinstance(text, str) else (None, None)
+    for ending, read in CAPTIONS.items():
+        if name[:-stem] + ending in files:
+            return read(store.read_bytes(uri[:-stem] + ending))
+    return None, None

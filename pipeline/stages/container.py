@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".gif"}
 )
 
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
 # Containers that hold their own data. Playlists (HLS, concat, SDP) make FFmpeg open whatever files or hosts they name.
 _OPTIONS = {
     "protocol_whitelist": "file",
@@ -35,6 +39,8 @@ _SKIP_ALL = [{"skip_frame": "all"}] * 8  # for each of so many streams, while th
 _HARMLESS = ("chapter track",)
 
 PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273: more light than 8 bits of RGB hold
+
+_MEMBER = re.compile(r"(?P<tar>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)#.+", re.DOTALL)
 
 File = str | BinaryIO
 COPY_BYTES = 1 << 20
@@ -50,19 +56,55 @@ def is_image(uri: str) -> bool:
     return suffix(uri) in IMAGE_SUFFIXES
 
 
+def member_uri(tar: str, offset_bytes: int, size_bytes: int, name: str) -> str:
+    """How a file that lies in a tar is called: `open_file` reads it in place."""
+    return f"{tar}#{offset_bytes}+{size_bytes}#{name}"
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, offset_bytes: int, size_bytes: int) -> None:
+        self._file, self._offset, self._size, self._place = file, offset_bytes, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._place)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._place)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
 @contextlib.contextmanager
 def open_file(uri: str) -> Iterator[File]:
-    """A local file's path, or a remote file that is read by ranges, as a decoder seeks.
+    """A local file's path, or a remote file or a tar's member that is read by ranges, as a decoder seeks.
 
     Raises:
         ClipRejected: UNREADABLE, the remote file cannot be fetched.
     """
-    if "://" not in uri:
+    member = _MEMBER.fullmatch(uri)
+    if "://" not in uri and not member:
         yield uri
         return
     try:
-        with fsspec.open(uri, "rb") as remote:
-            yield remote
+        with fsspec.open(member["tar"] if member else uri, "rb") as remote:
+            if member:
+                yield io.BufferedReader(_Slice(remote, int(member["offset"]), int(member["size"])))
+            else:
+                yield remote
     except OSError as error:
         raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error}") from error
 

@@ -1,15 +1,21 @@
 """Sources: what is found, in which order, with which captions, and what is said when it is not usable."""
 
+import io
 import json
 import os
+import tarfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clip_files import FPS, encode, moving
 
-from pipeline.errors import SourceError
+from pipeline.errors import ClipRejected, SourceError
 from pipeline.source_rows import SourceConfig
 from pipeline.sources import list_sources, source_hash
+from pipeline.stages.decode import read_clip
+from pipeline.stages.probe import inspect
 
 
 def touch(path, content=b"x"):
@@ -144,6 +150,43 @@ def test_two_lists_are_a_manifest(tmp_path):
     assert "names no file" in empty.problem
     (tmp_path / "prompts.txt").write_text("a dog\n")
     with pytest.raises(SourceError, match="3 lines, prompts.txt 1"):
+        list_sources(str(tmp_path))
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_shards_are_read_in_place(tmp_path):
+    clip = encode(moving(9))
+    members = {
+        "b/001.txt": b"a dog",
+        "b/001.mp4": clip,
+        "b/002.json": b'{"caption": "a cat"}',
+        "b/002.mp4": clip[:-900],
+    }
+    write_tar(tmp_path / "00000.tar", members | {"b/003.mp4": b"x", "b/003.json": b"{", "b/._001.mp4": b"x"})
+    write_tar(tmp_path / "00001.tar", {"004.mp4": clip, "readme.md": b"x"})
+    rows = list_sources(str(tmp_path))
+    assert [row.caption for row in rows] == ["a dog", "a cat", None, None]
+    assert [row.source_uri.rsplit("#")[-1] for row in rows] == ["b/001.mp4", "b/002.mp4", "b/003.mp4", "004.mp4"]
+    assert "cannot be read" in rows[2].problem
+    assert list_sources(str(tmp_path / "00001.tar")) == rows[3:]
+    (tmp_path / "plain.mp4").write_bytes(clip)
+    expected = read_clip(str(tmp_path / "plain.mp4"), 0.0, 9 / FPS).video_u8
+    for uri in (rows[0].source_uri, rows[3].source_uri):
+        facts = inspect(uri)
+        assert facts == inspect(str(tmp_path / "plain.mp4"))
+        for backend in ("pyav", "decord"):
+            assert np.array_equal(read_clip(uri, 0.0, 9 / FPS, backend=backend).video_u8, expected)
+    with pytest.raises(ClipRejected):
+        inspect(rows[1].source_uri)  # what follows in the tar is not part of it
+    (tmp_path / "broken.tar").write_bytes(b"not a tar at all" * 100)
+    with pytest.raises(SourceError, match="as a tar"):
         list_sources(str(tmp_path))
 
 
