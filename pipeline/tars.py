@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 
 import fsspec
 
-from pipeline.errors import SourceError
 from pipeline.sidecars import CAPTIONS
 from pipeline.source_rows import SourceRow, version_of
 from pipeline.stages.container import MEDIA_SUFFIXES, member_uri, suffix
@@ -20,10 +19,10 @@ def tar_rows(url: str) -> list[SourceRow]:
 
     Captions are the member `<key>.txt`, or `<key>.json` with the key caption or text.
 
-    Raises:
-        SourceError: not a tar, or a damaged one.
+    A damaged shard is one row more, with a problem, after those that could be read.
     """
     media: list[tarfile.TarInfo] = []
+    damage: str | None = None
     captions: dict[str, tuple[str | None, str | None]] = {}
     try:
         with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -37,7 +36,7 @@ def tar_rows(url: str) -> list[SourceRow]:
                     assert content is not None  # a plain file has one
                     captions.setdefault(_key(member.name), CAPTIONS[suffix(member.name)](content.read()))
     except (tarfile.TarError, OSError) as error:
-        raise SourceError(f"source {url!r} cannot be read as a tar: {error}") from error
+        damage = f"cannot be read as a tar: {error}"
     version, rows = version_of(url), []
     for member in media:
         caption, problem = captions.get(_key(member.name), (None, None))
@@ -50,7 +49,7 @@ def tar_rows(url: str) -> list[SourceRow]:
                 problem=problem,
             )
         )
-    return rows
+    return rows if damage is None else [*rows, SourceRow(source_uri=url, version=version, problem=damage)]
 
 
 def _key(name: str) -> str:

@@ -76,6 +76,8 @@ def _read_any(uri: str, window: Window) -> Clip:
             said.append(f"{name}: {verdict.detail}")
         except ModuleNotFoundError:
             continue
+        except MemoryError:
+            raise  # not the file's fault alone: the process is not to be trusted any more
         except Exception as error:  # FFmpeg's wrappers have no one type of error
             said.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     raise ClipRejected(RejectReason.UNREADABLE, "; ".join(said))

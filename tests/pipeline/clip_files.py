@@ -64,7 +64,7 @@ def remux(data, change, fmt="mp4", streams=1):
     return buffer.getvalue()
 
 
-def with_audio(data, fmt="mp4", audio_first=False, video_streams=1, seconds=2, codec="aac"):
+def with_audio(data, fmt="mp4", audio_first=False, seconds=2, codec="aac"):
     """A video's packets beside silence; without `data` the silence alone."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=fmt) as target:

@@ -1,7 +1,7 @@
 """What people's folders hold: one function per kind of file, each with what a reader must make of it.
 
-A kind writes its file below a folder and returns its path. It is registered with the number of frames that come out
-(their pictures are checked against `expected`), or with the reasons for which it may be refused.
+A kind writes its file below a folder and returns its path. It is registered with the frames that come out, or with the
+reasons for which it may be refused.
 """
 
 import dataclasses
@@ -25,15 +25,13 @@ class Kind:
     Attributes:
         make: from a folder to the file's path.
         reasons: for which it may be refused; empty where it must be read.
-        expected: t h w 3, the frames; None where only their number is known.
-        num_frames: of `expected` where that is None.
+        expected: t h w 3, the frames; None where none may come out.
         tolerance: largest mean difference of 8-bit values.
     """
 
     make: Callable
     reasons: tuple = ()
     expected: np.ndarray | None = None
-    num_frames: int | None = None
     tolerance: float = 3.0
 
 

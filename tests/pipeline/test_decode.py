@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from clip_files import FPS, encode, moving
 from PIL import Image
 
 from pipeline import media
@@ -20,33 +20,11 @@ from pipeline.stages.decode import read_clip
 from pipeline.stages.probe import inspect
 from pipeline.stages.reader import ClipReader
 
-FPS = 8
+FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".ts": "mpegts"}
 
 
-def moving(num_frames=17, height=64, width=64):
-    """A grey ramp that moves 3 pixels a frame: every frame differs, and tells its number by its brightness."""
-    ramp = (np.arange(height)[:, None] + np.arange(width)[None]) / (height + width) * 120
-    frames = [ramp + 6 * step for step in range(num_frames)]
-    return np.repeat(np.stack(frames)[..., None], 3, axis=3).clip(0, 255).astype(np.uint8)
-
-
-def write(path, video_u8, codec="libx264", fps=FPS, first=0, rotation=None, pix_fmt="yuv420p", options=None):
-    """Encode with presentation times (first + i) / fps, or those in `first` when it is a list of ticks of 1/1000 s."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options or {"crf": "4"})
-        stream.height, stream.width, stream.pix_fmt = *video_u8.shape[1:3], pix_fmt
-        if isinstance(first, list):
-            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for step, picture in enumerate(video_u8):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            in_ticks = isinstance(first, list)
-            frame.pts, frame.time_base = (
-                (first[step], Fraction(1, 1000)) if in_ticks else (first + step, Fraction(1, fps))
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+def write(path, video_u8, codec="libx264", **more):
+    path.write_bytes(encode(video_u8, codec, FORMATS[path.suffix], **more))
     return str(path)
 
 
