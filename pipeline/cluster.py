@@ -40,3 +40,9 @@ def resolve_storage(url: str) -> str:
     if submitted and "://" not in url and not Path(url).expanduser().is_absolute():
         return str(Path.home() / "kinoray" / url)
     return store.absolute(url)
+
+
+def num_cpus() -> int:
+    """CPUs of the cluster."""
+    connect()
+    return int(ray.cluster_resources()["CPU"])

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import Counter
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
 
-from pipeline import cluster, schema, sources, store
-from pipeline.errors import ClipRejected, RejectReason
+from pipeline import cluster, schema, settle, sources, store, tasks
+from pipeline.errors import ClipRejected
 from pipeline.source_rows import SourceConfig, SourceRow
 from pipeline.stages import caption, guard, probe, split
 from pipeline.stages.reader import ClipReader
@@ -30,13 +26,7 @@ _SOURCES = pa.schema(
         ("problem", pa.string()),
     ]
 )
-_GUARDED = pa.schema(
-    [
-        ("source_index", pa.int64()),
-        *schema.CLIPS,
-        *((name, pa.string()) for name in ("reject_reason", "reject_detail", "reject_stage")),
-    ]
-)
+_CLIPS_PER_SOURCE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +49,9 @@ class CurateConfig:
         max_reject_fraction: the job fails when more than this share of the sources gives no clip (a copy of another
             source counts as good).
         rows_per_shard: clips in one file of the table.
-        num_actors: probing processes; None is one a CPU. Does not change the result.
+        near_duplicate_bits: of clips whose fingerprints differ in at most so many bits, the first is kept; None keeps
+            all but exact copies.
+        num_actors: most probing processes; None is one a CPU. Does not change the result.
     """
 
     files: SourceConfig = dataclasses.field(default_factory=SourceConfig)
@@ -76,6 +68,7 @@ class CurateConfig:
     timeout_s: float = 20.0
     max_reject_fraction: float = 0.5
     rows_per_shard: int = 4096
+    near_duplicate_bits: int | None = None
     num_actors: int | None = None
 
     def __post_init__(self) -> None:
@@ -124,57 +117,66 @@ def curate(config: CurateConfig, source: str, storage: str) -> store.Manifest:
 
 def _produce(config: CurateConfig, rows: list[SourceRow], folder: str) -> store.Produced:
     start_s = time.monotonic()
-    clips, rejects = _first_of_each(_run_graph(config, rows))
+    records = tasks.run_tasks(
+        folder,
+        _tables(rows),
+        functools.partial(CurateSources, config, folder),
+        label="curate",
+        num_rows=len(rows),
+        num_actors=config.num_actors or cluster.num_cpus(),
+    )
+    parts = [record["files"]["outcomes"] for record in records]
+    settled = settle.settle(folder, parts, config.rows_per_shard, config.near_duplicate_bits)
+    num_lost = sum(record["num_rejects"] for record in records)  # a copy is no fault of its source
+    assert settled.num_sources == len(rows), f"{len(rows)} sources, {settled.num_sources} of them have an outcome"
+    guard.check_rejects(num_lost, len(rows), settled.reasons, config.max_reject_fraction, folder)
     elapsed_s = time.monotonic() - start_s
-    copies = [row for row in rejects if row["reject_reason"] == RejectReason.DUPLICATE]
-    useful = {row["source_index"] for row in (*clips, *copies)}  # a copy is no fault of its source
-    assert useful | {row["source_index"] for row in rejects} == set(range(len(rows))), "a source was lost"
-    files = {
-        "clips": _write(folder, "clips", [_only(clip, schema.CLIPS) for clip in clips], config.rows_per_shard),
-        "rejects": _write(folder, "rejects", [guard.reject_row(row) for row in rejects], config.rows_per_shard),
-    }
-    reasons = Counter(str(row["reject_reason"]) for row in rejects)
-    guard.check_rejects(len(rows) - len(useful), len(rows), reasons, config.max_reject_fraction, folder)
     measures = {
         "sources_per_s": len(rows) / elapsed_s,
-        "clips_per_s": len(clips) / elapsed_s,
-        "clip_frames": sum(clip["num_frames"] for clip in clips),
-        **{f"rejects_{reason}": count for reason, count in sorted(reasons.items())},
+        "clips_per_s": settled.num_clips / elapsed_s,
+        "clip_frames": settled.num_frames,
+        **{f"rejects_{reason}": count for reason, count in sorted(settled.reasons.items())},
     }
-    counts = {"sources": len(rows), "clips": len(clips), "rejects": len(rejects)}
-    return store.Produced(counts=counts, files=files, measures=measures)
+    counts = {"sources": len(rows), "clips": settled.num_clips, "rejects": settled.reasons.total()}
+    return store.Produced(counts=counts, files=settled.files, measures=measures)
 
 
-def _run_graph(config: CurateConfig, rows: list[SourceRow]) -> list[dict[str, Any]]:
-    """The guarded rows of all sources, in the sources' order."""
-    cluster.connect()
-    table = pa.Table.from_pylist(
-        [{"source_index": index, **dataclasses.asdict(row)} for index, row in enumerate(rows)], schema=_SOURCES
-    )
-    num_actors = min(config.num_actors or int(ray.cluster_resources()["CPU"]), len(rows))
-    rows_per_task = max(1, min(64, len(rows) // (4 * num_actors)))
-    tasks = [table.slice(first, rows_per_task) for first in range(0, len(rows), rows_per_task)]
-    guarded = ray.data.from_arrow(tasks).map_batches(
-        CurateSources,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        fn_constructor_args=(config,),
-    )
-    found = [row for block in ray.get(guarded.to_arrow_refs()) for row in block.to_pylist()]
-    return sorted(found, key=lambda row: row["source_index"])  # stable: clips of a source stay in their order
+def _tables(rows: list[SourceRow]) -> list[pa.Table]:
+    """The sources in tasks: small enough to share out and to do again, large enough to be worth a record."""
+    size = min(64, max(1, len(rows) // 32))
+    found = [{"source_index": index, **dataclasses.asdict(row)} for index, row in enumerate(rows)]
+    return [pa.Table.from_pylist(found[first : first + size], schema=_SOURCES) for first in range(0, len(rows), size)]
 
 
 class CurateSources:
-    """Worker: a table of sources to a table of guarded rows."""
+    """Worker: a table of sources to a file of OUTCOMES."""
 
-    def __init__(self, config: CurateConfig) -> None:
+    def __init__(self, config: CurateConfig, folder: str) -> None:
+        self._folder = folder
         self._stages = curate_stages(config, ClipReader(timeout_s=config.timeout_s))
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns of `_SOURCES` in, columns of `_GUARDED` out."""
-        rows = [after for before in batch.to_pylist() for after in guard.run_stages(before, self._stages)]
-        return pa.Table.from_pylist(rows, schema=_GUARDED)
+    def __call__(self, sources: pa.Table, attempt: tasks.Attempt) -> tasks.Record:
+        """The record of the task; columns of `_SOURCES` in."""
+        outcomes, num_lost = [], 0
+        for source in sources.to_pylist():
+            rows = self._curate(source, attempt)
+            num_lost += all(row["reject_reason"] for row in rows)
+            outcomes += [_outcome(row, number) for number, row in enumerate(rows)]
+        name = store.write_shard(self._folder, "outcomes", outcomes)
+        return {"files": {"outcomes": name}, "num_rows": sources.num_rows, "num_rejects": num_lost}
+
+    def _curate(self, source: guard.Row, attempt: tasks.Attempt) -> list[guard.Row]:
+        try:
+            with attempt.working_on(str(source["source_index"])):
+                return guard.run_stages(source, self._stages)
+        except ClipRejected as verdict:
+            return [guard.reject(source, "curate", verdict)]
+
+
+def _outcome(row: guard.Row, number: int) -> guard.Row:
+    position = row["source_index"] * _CLIPS_PER_SOURCE + number
+    assert number < _CLIPS_PER_SOURCE, f"{row['source_uri']} gives more than {_CLIPS_PER_SOURCE} clips"
+    return {name: row.get(name) for name in schema.OUTCOMES.names} | {"position": position}
 
 
 def curate_stages(config: CurateConfig, reader: ClipReader) -> list[tuple[str, guard.Stage]]:
@@ -211,27 +213,3 @@ def curate_stages(config: CurateConfig, reader: ClipReader) -> list[tuple[str, g
         ),
         ("identify", split.identify),
     ]
-
-
-def _first_of_each(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Clips and rejects; of clips with one id the first stays, the others are rejected."""
-    clips: dict[str, dict[str, Any]] = {}
-    rejects = []
-    for row in rows:
-        if row["reject_reason"] is not None:
-            rejects.append(row)
-        elif row["clip_id"] in clips:
-            detail = f"{row['source_uri']}: the same frames as {clips[row['clip_id']]['source_uri']}"
-            rejects.append(guard.reject(row, "dedupe", ClipRejected(RejectReason.DUPLICATE, detail)))
-        else:
-            clips[row["clip_id"]] = row
-    return list(clips.values()), rejects
-
-
-def _only(row: dict[str, Any], columns: pa.Schema) -> dict[str, Any]:
-    return {name: row[name] for name in columns.names}
-
-
-def _write(folder: str, table: str, rows: list[dict[str, Any]], rows_per_shard: int) -> list[str]:
-    shards = [rows[first : first + rows_per_shard] for first in range(0, len(rows), rows_per_shard)]
-    return [store.write_shard(folder, table, shard) for shard in shards]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.data
+from torch import Tensor
 
-from pipeline import cluster, store
+from pipeline import cluster, store, tasks
 from pipeline.errors import ClipRejected, ManifestError, RejectReason
 from pipeline.stages import guard, latents
 from pipeline.stages.reader import ClipReader
@@ -91,12 +89,21 @@ def encode(
 
 def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder: str) -> store.Produced:
     start_s = time.monotonic()
-    shards = sorted(_run_graph(config, clips.read("clips"), model_uri, folder), key=lambda shard: shard["shard"])
+    num_clips = clips.counts["clips"]
+    records = tasks.run_tasks(
+        folder,
+        _tables(clips, config.rows_per_shard),
+        functools.partial(EncodeShard, config, clips, model_uri, folder),
+        label="encode",
+        num_rows=num_clips,
+        num_actors=_num_actors(config),
+        num_gpus=config.num_gpus,
+    )
     elapsed_s = time.monotonic() - start_s
-    total = {name: sum(shard[name] for shard in shards) for name in _TOTALS}
-    num_clips, num_latents, num_rejects = clips.counts["clips"], total["num_latents"], total["num_rejects"]
+    total = {name: sum(record[name] for record in records) for name in _TOTALS}
+    num_latents, num_rejects = total["num_latents"], total["num_rejects"]
     assert num_clips == num_latents + num_rejects, f"{num_clips} clips, {num_latents} latents, {num_rejects} rejects"
-    reasons = sum((Counter(json.loads(shard["reasons"])) for shard in shards), Counter[str]())
+    reasons = sum((Counter(record["reasons"]) for record in records), Counter[str]())
     guard.check_rejects(num_rejects, num_clips, reasons, config.max_reject_fraction, folder)
     measures = {
         "clips_per_s": num_latents / elapsed_s,
@@ -106,37 +113,21 @@ def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder
         "encode_s": total["encode_s"],
         **{f"rejects_{reason}": count for reason, count in sorted(reasons.items())},
     }
-    files = {table: [shard[table] for shard in shards if shard[table]] for table in ("latents", "rejects")}
+    tables = ("latents", "rejects")
+    files = {table: [record["files"][table] for record in records if table in record["files"]] for table in tables}
     counts = {"clips": num_clips, "latents": num_latents, "rejects": num_rejects}
     return store.Produced(counts=counts, files=files, measures=measures)
 
 
-def _run_graph(config: EncodeConfig, table: pa.Table, model_uri: str, folder: str) -> list[dict[str, Any]]:
-    """Encode shard by shard; a row of file names and figures for each."""
-    cluster.connect()
-    size = config.rows_per_shard
-    tasks = [
-        table.slice(first, size).append_column(
-            "shard", pa.array([shard] * min(size, table.num_rows - first), pa.int64())
-        )
-        for shard, first in enumerate(range(0, table.num_rows, size))
-    ]
-    shards = ray.data.from_arrow(tasks).map_batches(
-        EncodeShard,
-        batch_size=None,  # a block is a shard
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(_num_actors(config), len(tasks))),
-        num_cpus=1,
-        num_gpus=config.num_gpus or None,
-        fn_constructor_args=(config, model_uri, folder),
-    )
-    return [row for block in ray.get(shards.to_arrow_refs()) for row in block.to_pylist()]
+def _tables(clips: store.Manifest, rows_per_shard: int) -> list[pa.Table]:
+    """Where the rows of each task are: the driver never reads the clips themselves."""
+    return [pa.Table.from_pylist(parts) for parts in clips.slices("clips", rows_per_shard)]
 
 
 def _num_actors(config: EncodeConfig) -> int:
-    resources = ray.cluster_resources()
-    by_gpu = int(resources.get("GPU", 0) / config.num_gpus) if config.num_gpus else None
-    return config.num_actors or by_gpu or int(resources["CPU"])
+    num_cpus = cluster.num_cpus()
+    by_gpu = int(ray.cluster_resources().get("GPU", 0) / config.num_gpus) if config.num_gpus else None
+    return config.num_actors or by_gpu or num_cpus
 
 
 class EncodeShard:
@@ -145,8 +136,9 @@ class EncodeShard:
     The next group of clips is decoded (in the reader's own process) while the VAE works on the one before.
     """
 
-    def __init__(self, config: EncodeConfig, model_uri: str, folder: str) -> None:
+    def __init__(self, config: EncodeConfig, clips: store.Manifest, model_uri: str, folder: str) -> None:
         self._config = config
+        self._clips = clips
         self._folder = folder
         self._device = "cuda" if config.num_gpus else "cpu"
         self._vae = VideoVAE.from_pretrained(model_uri, subfolder="vae").eval().to(self._device)
@@ -154,42 +146,63 @@ class EncodeShard:
         self._reader = ClipReader(timeout_s=config.timeout_s)
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One row: the shard's number, its file names (empty: no file), counts and seconds."""
-        rows = [{**row, "position": position} for position, row in enumerate(batch.to_pylist())]
+    def __call__(self, parts: pa.Table, attempt: tasks.Attempt) -> tasks.Record:
+        """The record of the task; rows of `Manifest.slices` in."""
+        table = pa.concat_tables([self._clips.read_slice(**part) for part in parts.to_pylist()])
+        rows = [{**row, "position": position} for position, row in enumerate(table.to_pylist())]
         texts = self._text_encoder([row["caption"] for row in rows])
-        done: dict[int, dict[str, Any]] = {}
-        rejects: dict[int, dict[str, Any]] = {}
+        done: dict[int, guard.Row] = {}
+        rejects: dict[int, guard.Row] = {}
         decode_s = encode_s = 0.0
         for group in self._decoded(latents.group_by_shape(rows, self._config.max_pixels_per_batch)):
             decode_s += group.seconds
-            rejects |= {row["position"]: guard.reject_row(row) for row in group.rejects}
-            if not group.clips:
-                continue
             start_s = time.monotonic()
-            videos = latents.encode_videos(self._vae, [clip.video_u8 for clip in group.clips], self._device)
+            done |= self._encode(group, texts, attempt)
             encode_s += time.monotonic() - start_s
-            for row, clip, latent in zip(group.rows, group.clips, videos, strict=True):
-                done[row["position"]] = latents.latents_row(row, clip, latent, texts[row["position"]])
+            rejects |= {row["position"]: guard.reject_row(row) for row in group.rejects}
+        files = {"latents": self._write("latents", done), "rejects": self._write("rejects", rejects)}
         used = [row for row in rows if row["position"] in done]
-        report = {
-            "shard": rows[0]["shard"],
-            "latents": self._write("latents", done, LATENT_ROWS_PER_GROUP),
-            "rejects": self._write("rejects", rejects, LATENT_ROWS_PER_GROUP),
+        return {
+            "files": {name: file for name, file in files.items() if file},
+            "num_rows": len(rows),
             "num_latents": len(done),
             "num_rejects": len(rejects),
             "num_frames": sum(row["num_frames"] for row in used),
             "num_pixels": sum(row["num_frames"] * row["height_px"] * row["width_px"] for row in used),
             "decode_s": decode_s,
             "encode_s": encode_s,
-            "reasons": json.dumps(Counter(row["reason"] for row in rejects.values())),
+            "reasons": Counter(row["reason"] for row in rejects.values()),
         }
-        return pa.Table.from_pylist([report])
 
-    def _write(self, table: str, rows: dict[int, dict[str, Any]], rows_per_group: int) -> str:
+    def _encode(self, group: DecodedGroup, texts: Sequence[Tensor], attempt: tasks.Attempt) -> dict[int, guard.Row]:
+        """Rows of LATENTS by position; a group that takes its process down is tried clip by clip."""
+        if not group.clips:
+            return {}
+        try:
+            with attempt.working_on(f"group {group.rows[0]['position']}"):
+                return self._encode_together(group, texts)
+        except ClipRejected:
+            done: dict[int, guard.Row] = {}
+            for alone in group.clip_by_clip():
+                row = alone.rows[0]
+                try:
+                    with attempt.working_on(f"clip {row['position']}"):
+                        done |= self._encode_together(alone, texts)
+                except ClipRejected as verdict:
+                    group.rejects.append(guard.reject(row, "encode", verdict))
+            return done
+
+    def _encode_together(self, group: DecodedGroup, texts: Sequence[Tensor]) -> dict[int, guard.Row]:
+        videos = latents.encode_videos(self._vae, [clip.video_u8 for clip in group.clips], self._device)
+        return {
+            row["position"]: latents.latents_row(row, clip, latent, texts[row["position"]])
+            for row, clip, latent in zip(group.rows, group.clips, videos, strict=True)
+        }
+
+    def _write(self, table: str, rows: dict[int, guard.Row]) -> str | None:
         """One file of rows in the order of their positions; no file for no rows."""
         ordered = [rows[position] for position in sorted(rows)]
-        return store.write_shard(self._folder, table, ordered, rows_per_group) if ordered else ""
+        return store.write_shard(self._folder, table, ordered, LATENT_ROWS_PER_GROUP) if ordered else None
 
     def _decoded(self, groups: list[list[guard.Row]]) -> Iterator[DecodedGroup]:
         """Groups in order, decoded one ahead of the caller."""
@@ -229,3 +242,8 @@ class DecodedGroup:
     clips: list[Clip] = dataclasses.field(default_factory=list)
     rejects: list[guard.Row] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+    def clip_by_clip(self) -> Iterator[DecodedGroup]:
+        """A group of each clip."""
+        for row, clip in zip(self.rows, self.clips, strict=True):
+            yield DecodedGroup(rows=[row], clips=[clip])

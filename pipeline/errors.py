@@ -25,9 +25,11 @@ class RejectReason(StrEnum):
     WRONG_FRAMES = "wrong_frames"  # count, shape or content differs from what was announced
     TIMEOUT = "timeout"  # the decoder was killed by the clock
     CRASHED = "crashed"  # the decoder process died
+    QUARANTINED = "quarantined"  # worker processes died, again and again, that worked on it
     NO_CAPTION = "no_caption"  # no caption found and the config asks for one
     BAD_ROW = "bad_row"  # a manifest row without its required columns
     DUPLICATE = "duplicate"  # the same clip id came before in the same set
+    NEAR_DUPLICATE = "near_duplicate"  # a clip that looks nearly the same came before
 
 
 class KinorayError(Exception):

@@ -1,4 +1,4 @@
-"""Progress of a training run, shown by the driver from the metrics file that the run writes."""
+"""Progress that the driver shows: of a training run, from the metrics file that the run writes, and of rows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_EVERY_S = 10.0
 
@@ -46,15 +54,43 @@ def watch(metrics: Path, num_steps: int, label: str) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def rows(label: str, num_rows: int, num_done: int) -> Iterator[Callable[[int, int], None]]:
+    """Show rows, rejects, rate and ETA of a hop: a bar on a terminal, else a line every ten seconds.
+
+    Args:
+        label: the hop.
+        num_rows: to do in all.
+        num_done: that an earlier run did.
+
+    Yields:
+        what to call with the rows and rejects of a task that ended.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = _columns()
+    start_s = shown_s = time.monotonic()
+    done = rejects = 0
+    if num_done > 0:
+        console.print(f"{label}: {num_done:,} of {num_rows:,} rows are done already")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=num_rows, completed=num_done, figures="starting workers")
+
+        def advance(num_more: int, num_rejects: int) -> None:
+            nonlocal done, rejects, shown_s
+            done, rejects, now_s = done + num_more, rejects + num_rejects, time.monotonic()
+            rate = done / max(1e-9, now_s - start_s)
+            figures = f"{rate:,.1f} rows/s, {rejects:,} rejects"
+            bar.update(task, completed=num_done + done, figures=figures)
+            if not console.is_terminal and now_s - shown_s >= LINE_EVERY_S:
+                shown_s = now_s
+                left_s = (num_rows - num_done - done) / rate
+                console.print(f"{label} {num_done + done:,}/{num_rows:,}  {figures}  {left_s:.0f} s left")
+
+        yield advance
+
+
 def _show_bar(metrics: Path, num_steps: int, label: str, stop: threading.Event) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = _columns()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=num_steps, figures="starting workers")
         while True:
@@ -64,6 +100,12 @@ def _show_bar(metrics: Path, num_steps: int, label: str, stop: threading.Event) 
                 bar.update(task, completed=rows[-1]["step"] + 1, figures=_figures(rows))
             if ended:
                 return
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    figures = TextColumn("{task.fields[figures]}")
+    counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return (*counts, figures, TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def _show_lines(metrics: Path, num_steps: int, label: str, stop: threading.Event) -> None:

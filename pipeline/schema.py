@@ -50,7 +50,19 @@ REJECTS = pa.schema(
     ]
 )
 
-TABLES = {"clips": CLIPS, "latents": LATENTS, "rejects": REJECTS}
+OUTCOMES = pa.schema(
+    [
+        ("position", pa.int64()),  # of the row among all, in the order of the sources and of the clips in them
+        ("source_index", pa.int64()),
+        *CLIPS,
+        ("fingerprint", pa.binary()),  # of what the clip shows, for near copies; or null
+        ("reject_reason", pa.string()),  # null where it became a clip
+        ("reject_detail", pa.string()),
+        ("reject_stage", pa.string()),
+    ]
+)  # what became of sources, before copies are looked for: clips and rejects in one
+
+TABLES = {"clips": CLIPS, "latents": LATENTS, "rejects": REJECTS, "outcomes": OUTCOMES}
 
 
 def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

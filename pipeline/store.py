@@ -111,6 +111,13 @@ def write_shard(folder: str, table: str, rows: list[dict[str, Any]], rows_per_gr
     return name
 
 
+def read_shard(folder: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file of a folder, whole."""
+    fs, path = filesystem(join(folder, name))
+    with fs.open(path) as file:
+        return pq.read_table(file, columns=list(columns) if columns else None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Produced:
     """What a hop made.
@@ -157,15 +164,38 @@ class Manifest:
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole table, shards in the manifest's order (rows sorted by the hop that wrote them)."""
-        parts = []
-        for name in self.files.get(table, []):
-            fs, path = filesystem(join(self.uri, name))
-            with fs.open(path) as file:
-                parts.append(pq.read_table(file, columns=list(columns) if columns else None))
+        parts = [read_shard(self.uri, name, columns) for name in self.files.get(table, [])]
         if parts:
             return pa.concat_tables(parts)
         empty = schema.TABLES[table].empty_table()
         return empty.select(list(columns)) if columns else empty
+
+    def slices(self, table: str, size: int) -> list[list[dict[str, Any]]]:
+        """A table in parts of `size` rows (the last may be shorter), each a list of arguments of `read_slice`."""
+        parts: list[list[dict[str, Any]]] = []
+        room = 0
+        for name in self.files.get(table, []):
+            fs, path = filesystem(join(self.uri, name))
+            with fs.open(path) as file:
+                num_rows, first = pq.read_metadata(file).num_rows, 0
+            while first < num_rows:
+                if not room:
+                    parts.append([])
+                    room = size
+                num = min(room, num_rows - first)
+                parts[-1].append({"name": name, "first": first, "num": num})
+                first, room = first + num, room - num
+        return parts
+
+    def read_slice(self, name: str, first: int, num: int) -> pa.Table:
+        """Rows of one file; the row groups that hold them are read."""
+        fs, path = filesystem(join(self.uri, name))
+        with fs.open(path) as file, pq.ParquetFile(file) as parquet:
+            starts = [0]
+            for group in range(parquet.num_row_groups):
+                starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
+            groups = [g for g in range(parquet.num_row_groups) if starts[g] < first + num and first < starts[g + 1]]
+            return parquet.read_row_groups(groups).slice(first - starts[groups[0]], num)
 
 
 def publish_once(

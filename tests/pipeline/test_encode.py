@@ -19,6 +19,7 @@ from pipeline.sources import list_sources
 from pipeline.stages import guard
 from pipeline.stages.decode import read_clip
 from pipeline.stages.reader import ClipReader
+from pipeline.tasks import TaskFolder
 from tests.pipeline.test_decode import moving, png_bytes
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.vae import VideoVAE, VideoVAEConfig
@@ -107,18 +108,20 @@ def test_a_shard_keeps_its_good_rows_and_rejects_the_others(clips, model, tmp_pa
     missing.unlink()
     odd = table.to_pylist()
     odd[3]["num_frames"] = 10  # not 1 + a multiple of the VAE's stride
-    rows = [{**row, "shard": 7} for row in odd]
-    work = EncodeShard(CONFIG, store.join(model.uri, "model"), str(tmp_path / "shard"))
-    block = pa.Table.from_pylist(rows, schema=table.schema.append(pa.field("shard", pa.int64())))
-    (report,) = work(block).to_pylist()
-    assert (report["shard"], report["num_latents"], report["num_rejects"]) == (7, 3, 3)
-    assert report["num_frames"] == 9 + 9 + 1
-    rejects = pq.read_table(tmp_path / "shard" / report["rejects"]).to_pylist()
-    assert [reject["what"] for reject in rejects] == [row["clip_id"] for row in rows[1:4]]
+    folder = tmp_path / "odd"
+    names = [store.write_shard(str(folder), "clips", part) for part in (odd[:2], odd[2:])]
+    given = dataclasses.replace(clips, uri=str(folder), files={"clips": names})
+    (parts,) = given.slices("clips", 8)
+    work = EncodeShard(CONFIG, given, store.join(model.uri, "model"), str(tmp_path / "shard"))
+    record = work(pa.Table.from_pylist(parts), TaskFolder(str(tmp_path / "shard")).attempt(7))
+    assert (record["num_rows"], record["num_latents"], record["num_rejects"]) == (6, 3, 3)
+    assert record["num_frames"] == 9 + 9 + 1
+    rejects = pq.read_table(tmp_path / "shard" / record["files"]["rejects"]).to_pylist()
+    assert [reject["what"] for reject in rejects] == [row["clip_id"] for row in odd[1:4]]
     assert [reject["reason"] for reject in rejects] == ["unreadable", "unreadable", "wrong_frames"]
     assert "use 9 or 13" in rejects[2]["detail"]
-    with pq.ParquetFile(tmp_path / "shard" / report["latents"]) as file:
-        check_latents(file.read().to_pylist(), [rows[0], *rows[4:]], model)
+    with pq.ParquetFile(tmp_path / "shard" / record["files"]["latents"]) as file:
+        check_latents(file.read().to_pylist(), [odd[0], *odd[4:]], model)
 
 
 def test_too_many_rejects_publish_nothing(ray_cluster, clips, model, tmp_path):
