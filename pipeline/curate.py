@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from pipeline import cluster, schema, settle, sources, store, tasks
+from pipeline import previous as earlier
 from pipeline.errors import ClipRejected
 from pipeline.source_rows import SourceConfig, SourceRow
 from pipeline.stages import caption, guard, probe, split
@@ -18,6 +19,7 @@ from pipeline.stages.reader import ClipReader
 _SOURCES = pa.schema(
     [
         ("source_index", pa.int64()),
+        ("source_key", pa.string()),
         ("source_uri", pa.string()),
         ("caption", pa.string()),
         ("caption_source", pa.string()),
@@ -26,7 +28,8 @@ _SOURCES = pa.schema(
         ("problem", pa.string()),
     ]
 )
-_CLIPS_PER_SOURCE = 1 << 24
+CLIPS_PER_SOURCE = 1 << 24  # of positions
+_HOW = ("source", "source_hash", "files", "timeout_s", "max_reject_fraction", "rows_per_shard", "near_duplicate_bits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class CurateConfig:
         rows_per_shard: clips in one file of the table.
         near_duplicate_bits: of clips whose fingerprints differ in at most so many bits, the first is kept; None keeps
             all but exact copies.
+        previous: folder of an earlier result with the same settings; what it found of sources that have not changed is
+            used again, but for rejects that another try may save (unreadable, timeout, crashed, quarantined).
         num_actors: most probing processes; None is one a CPU. Does not change the result.
     """
 
@@ -69,6 +74,7 @@ class CurateConfig:
     max_reject_fraction: float = 0.5
     rows_per_shard: int = 4096
     near_duplicate_bits: int | None = None
+    previous: str | None = None
     num_actors: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,30 +110,39 @@ def curate(config: CurateConfig, source: str, storage: str) -> store.Manifest:
 
     Raises:
         SourceError: nothing usable is there.
+        ManifestError: `config.previous` is not a result with these settings.
         TooManyRejectsError: too few sources give a clip; the rejects are written, nothing is published.
     """
     rows = sources.list_sources(source, config.files)
     settings = dataclasses.asdict(config)
-    del settings["num_actors"]  # how, not what
+    del settings["num_actors"], settings["previous"]  # how, not what; and a parent
     identity = {**settings, "source": store.absolute(source), "source_hash": sources.source_hash(rows)}
     name = PurePosixPath(store.absolute(source)).stem or "clips"
-    produce = functools.partial(_produce, config, rows)
-    return store.publish_once(cluster.resolve_storage(storage), "curate", name, identity, [], produce)
+    parents = [earlier.load(config.previous, "curate", identity, _HOW)] if config.previous else []
+    produce = functools.partial(_produce, config, rows, parents)
+    return store.publish_once(cluster.resolve_storage(storage), "curate", name, identity, parents, produce)
 
 
-def _produce(config: CurateConfig, rows: list[SourceRow], folder: str) -> store.Produced:
+def _produce(
+    config: CurateConfig, rows: list[SourceRow], previous: list[store.Manifest], folder: str
+) -> store.Produced:
     start_s = time.monotonic()
+    keys = earlier.source_keys(rows)
+    reused = earlier.Reused(files=[], left=list(range(len(rows))))
+    if previous:
+        reused = earlier.reuse_outcomes(previous[0], keys, folder, CLIPS_PER_SOURCE)
+    left = [{"source_key": keys[index], **dataclasses.asdict(rows[index])} for index in reused.left]
     records = tasks.run_tasks(
         folder,
-        _tables(rows),
+        _tables(left, reused.num),
         functools.partial(CurateSources, config, folder),
         label="curate",
-        num_rows=len(rows),
+        num_rows=len(left),
         num_actors=config.num_actors or cluster.num_cpus(),
     )
-    parts = [record["files"]["outcomes"] for record in records]
+    parts = reused.files + [record["files"]["outcomes"] for record in records]
     settled = settle.settle(folder, parts, config.rows_per_shard, config.near_duplicate_bits)
-    num_lost = sum(record["num_rejects"] for record in records)  # a copy is no fault of its source
+    num_lost = reused.num_lost + sum(record["num_rejects"] for record in records)  # a copy is no fault of its source
     assert settled.num_sources == len(rows), f"{len(rows)} sources, {settled.num_sources} of them have an outcome"
     guard.check_rejects(num_lost, len(rows), settled.reasons, config.max_reject_fraction, folder)
     elapsed_s = time.monotonic() - start_s
@@ -135,16 +150,17 @@ def _produce(config: CurateConfig, rows: list[SourceRow], folder: str) -> store.
         "sources_per_s": len(rows) / elapsed_s,
         "clips_per_s": settled.num_clips / elapsed_s,
         "clip_frames": settled.num_frames,
+        "reused": reused.num,
         **{f"rejects_{reason}": count for reason, count in sorted(settled.reasons.items())},
     }
     counts = {"sources": len(rows), "clips": settled.num_clips, "rejects": settled.reasons.total()}
-    return store.Produced(counts=counts, files=settled.files, measures=measures)
+    return store.Produced(counts=counts, files={**settled.files, "outcomes": parts}, measures=measures)
 
 
-def _tables(rows: list[SourceRow]) -> list[pa.Table]:
+def _tables(rows: list[guard.Row], first_index: int) -> list[pa.Table]:
     """The sources in tasks: small enough to share out and to do again, large enough to be worth a record."""
     size = min(64, max(1, len(rows) // 32))
-    found = [{"source_index": index, **dataclasses.asdict(row)} for index, row in enumerate(rows)]
+    found = [{"source_index": index, **row} for index, row in enumerate(rows, first_index)]
     return [pa.Table.from_pylist(found[first : first + size], schema=_SOURCES) for first in range(0, len(rows), size)]
 
 
@@ -174,8 +190,8 @@ class CurateSources:
 
 
 def _outcome(row: guard.Row, number: int) -> guard.Row:
-    position = row["source_index"] * _CLIPS_PER_SOURCE + number
-    assert number < _CLIPS_PER_SOURCE, f"{row['source_uri']} gives more than {_CLIPS_PER_SOURCE} clips"
+    position = row["source_index"] * CLIPS_PER_SOURCE + number
+    assert number < CLIPS_PER_SOURCE, f"{row['source_uri']} gives more than {CLIPS_PER_SOURCE} clips"
     return {name: row.get(name) for name in schema.OUTCOMES.names} | {"position": position}
 
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import ray
 from torch import Tensor
 
-from pipeline import cluster, store, tasks
+from pipeline import cluster, schema, store, tasks
+from pipeline import previous as earlier
 from pipeline.errors import ClipRejected, ManifestError, RejectReason
 from pipeline.stages import guard, latents
 from pipeline.stages.reader import ClipReader
@@ -22,8 +23,7 @@ from video_dit.shapes import VideoShape
 from video_dit.text import load_text_encoder
 from video_dit.vae import VideoVAE
 
-LATENT_ROWS_PER_GROUP = 16  # small enough to read one sample without its neighbours
-
+_HOW = ("timeout_s", "rows_per_shard", "max_pixels_per_batch", "max_reject_fraction", "num_gpus")
 _TOTALS = ("num_latents", "num_rejects", "num_frames", "num_pixels", "decode_s", "encode_s")
 
 
@@ -36,8 +36,10 @@ class EncodeConfig:
         max_pixels_per_batch: t * h * w of the clips of one shape that go through the VAE together.
         timeout_s: clock limit for the decoding of one clip.
         max_reject_fraction: the job fails when more than this share of the clips is rejected.
-        num_actors: processes, each with its copy of the model; None is one a CPU, or one a GPU share with num_gpus.
-            Does not change the result.
+        previous: folder of an earlier result of the same model; its latents are used again for clips that are still
+            there with the same caption, and its rejects have another try.
+        num_actors: most processes, each with its copy of the model; None is one a CPU, or one a GPU share with
+            num_gpus. Does not change the result.
         num_gpus: GPUs (or a share of one) of each process; 0 runs the models on the CPU.
     """
 
@@ -45,6 +47,7 @@ class EncodeConfig:
     max_pixels_per_batch: int = 8 * 33 * 64 * 64
     timeout_s: float = 20.0
     max_reject_fraction: float = 0.5
+    previous: str | None = None
     num_actors: int | None = None
     num_gpus: float = 0.0
 
@@ -67,6 +70,8 @@ def encode(
 ) -> store.Manifest:
     """Decode every clip and encode it and its caption; publishes LATENTS, in the order of the clips, and REJECTS.
 
+    With `config.previous` the latents that are used again come first.
+
     Args:
         config: how.
         clips: what `curate` published.
@@ -75,25 +80,36 @@ def encode(
         storage: root of all results.
 
     Raises:
-        ManifestError: `clips` holds no clips.
+        ManifestError: `clips` holds no clips, or `config.previous` is of other settings or another model.
         TooManyRejectsError: too many clips cannot be decoded; the rejects are written, nothing is published.
     """
     if not clips.counts.get("clips"):
         raise ManifestError(f"{clips.uri!r} holds no clips, only {clips.counts}: give what curate_clips printed")
     settings = dataclasses.asdict(config)
-    del settings["num_actors"]  # how, not what
+    del settings["num_actors"], settings["previous"]  # how, not what; and a parent
     identity = {**settings, "model": model_uri.removeprefix(model.uri).strip("/")}
-    produce = functools.partial(_produce, config, clips, model_uri)
-    return store.publish_once(cluster.resolve_storage(storage), "encode", clips.name, identity, [clips, model], produce)
+    parents = [clips, model]
+    if config.previous:
+        parents.append(earlier.load(config.previous, "encode", identity, _HOW))
+        if parents[-1].parents[1]["hash"] != model.hash:
+            raise ManifestError(f"previous={config.previous!r}: made with another model; leave previous out")
+    produce = functools.partial(_produce, config, clips, parents[2:], model_uri)
+    return store.publish_once(cluster.resolve_storage(storage), "encode", clips.name, identity, parents, produce)
 
 
-def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder: str) -> store.Produced:
+def _produce(
+    config: EncodeConfig, clips: store.Manifest, previous: list[store.Manifest], model_uri: str, folder: str
+) -> store.Produced:
     start_s = time.monotonic()
-    num_clips = clips.counts["clips"]
+    reused, todo = earlier.Reused(files=[]), clips
+    if previous:
+        reused = earlier.reuse_latents(previous[0], clips, folder)
+        todo = earlier.write_left(clips, reused.left, folder)
+    num_clips = todo.counts["clips"]
     records = tasks.run_tasks(
         folder,
-        _tables(clips, config.rows_per_shard),
-        functools.partial(EncodeShard, config, clips, model_uri, folder),
+        [pa.Table.from_pylist(parts) for parts in todo.slices("clips", config.rows_per_shard)],
+        functools.partial(EncodeShard, config, todo, model_uri, folder),
         label="encode",
         num_rows=num_clips,
         num_actors=_num_actors(config),
@@ -104,7 +120,7 @@ def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder
     num_latents, num_rejects = total["num_latents"], total["num_rejects"]
     assert num_clips == num_latents + num_rejects, f"{num_clips} clips, {num_latents} latents, {num_rejects} rejects"
     reasons = sum((Counter(record["reasons"]) for record in records), Counter[str]())
-    guard.check_rejects(num_rejects, num_clips, reasons, config.max_reject_fraction, folder)
+    guard.check_rejects(num_rejects, clips.counts["clips"], reasons, config.max_reject_fraction, folder)
     measures = {
         "clips_per_s": num_latents / elapsed_s,
         "frames_per_s": total["num_frames"] / elapsed_s,
@@ -113,15 +129,14 @@ def _produce(config: EncodeConfig, clips: store.Manifest, model_uri: str, folder
         "encode_s": total["encode_s"],
         **{f"rejects_{reason}": count for reason, count in sorted(reasons.items())},
     }
-    tables = ("latents", "rejects")
-    files = {table: [record["files"][table] for record in records if table in record["files"]] for table in tables}
-    counts = {"clips": num_clips, "latents": num_latents, "rejects": num_rejects}
-    return store.Produced(counts=counts, files=files, measures=measures)
-
-
-def _tables(clips: store.Manifest, rows_per_shard: int) -> list[pa.Table]:
-    """Where the rows of each task are: the driver never reads the clips themselves."""
-    return [pa.Table.from_pylist(parts) for parts in clips.slices("clips", rows_per_shard)]
+    files = {
+        table: [record["files"][table] for record in records if table in record["files"]]
+        for table in ("latents", "rejects")
+    }
+    files["latents"] = reused.files + files["latents"]
+    counts = {"clips": num_clips + reused.num, "latents": num_latents + reused.num, "rejects": num_rejects}
+    assert counts["clips"] == clips.counts["clips"], f"{clips.counts['clips']} clips, {counts['clips']} accounted for"
+    return store.Produced(counts=counts, files=files, measures={**measures, "reused": reused.num})
 
 
 def _num_actors(config: EncodeConfig) -> int:
@@ -202,7 +217,7 @@ class EncodeShard:
     def _write(self, table: str, rows: dict[int, guard.Row]) -> str | None:
         """One file of rows in the order of their positions; no file for no rows."""
         ordered = [rows[position] for position in sorted(rows)]
-        return store.write_shard(self._folder, table, ordered, LATENT_ROWS_PER_GROUP) if ordered else None
+        return store.write_shard(self._folder, table, ordered, schema.LATENT_ROWS_PER_GROUP) if ordered else None
 
     def _decoded(self, groups: list[list[guard.Row]]) -> Iterator[DecodedGroup]:
         """Groups in order, decoded one ahead of the caller."""

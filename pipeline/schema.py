@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+LATENT_ROWS_PER_GROUP = 16  # small enough to read one sample without its neighbours
 
 LINEAGE = pa.struct([("source_id", pa.string()), ("caption_source", pa.string())])
 
@@ -54,6 +55,7 @@ OUTCOMES = pa.schema(
     [
         ("position", pa.int64()),  # of the row among all, in the order of the sources and of the clips in them
         ("source_index", pa.int64()),
+        ("source_key", pa.string()),  # hash of the source's row, which changes with its file, caption and bounds
         *CLIPS,
         ("fingerprint", pa.binary()),  # of what the clip shows, for near copies; or null
         ("reject_reason", pa.string()),  # null where it became a clip

@@ -81,6 +81,16 @@ def write_bytes(url: str, data: bytes) -> None:
         fs.pipe_file(path, data)  # object stores publish a whole object at once
 
 
+def copy(url: str, to_url: str) -> None:
+    """Copy a file, whole or not at all, within one file system."""
+    fs, path = filesystem(url)
+    to_fs, to_path = filesystem(to_url)
+    if fs.protocol == to_fs.protocol and "file" not in fs.protocol:
+        to_fs.cp_file(path, to_path)  # on the server's side
+    else:
+        write_bytes(to_url, read_bytes(url))
+
+
 def read_json(url: str) -> Any:
     """A JSON file's value."""
     return json.loads(read_bytes(url))
@@ -89,6 +99,11 @@ def read_json(url: str) -> Any:
 def write_json(url: str, value: Any) -> None:
     """Write JSON whole, keys in the given order."""
     write_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it will be read again: lists for tuples."""
+    return dict(json.loads(json.dumps(dict(config))))
 
 
 def content_hash(value: Any, length: int = 16) -> str:
@@ -216,7 +231,7 @@ def publish_once(
         parents: the published inputs.
         produce: writes files below the folder it is given and says what it made.
     """
-    settings = json.loads(json.dumps(dict(config)))  # as it will be read again: lists for tuples
+    settings = plain(config)
     identity = {
         "verb": verb,
         "config": settings,
