@@ -34,6 +34,8 @@ class EncodeConfig:
     Attributes:
         rows_per_shard: clips in one task and one file.
         max_pixels_per_batch: t * h * w of the clips of one shape that go through the VAE together.
+        keep_std: store the standard deviation that the VAE tells beside the mean; training then draws from both, a
+            little regularisation for twice the size. Without it training sees the mean.
         timeout_s: clock limit for the decoding of one clip.
         max_reject_fraction: the job fails when more than this share of the clips is rejected.
         previous: folder of an earlier result of the same model; its latents are used again for clips that are still
@@ -45,6 +47,7 @@ class EncodeConfig:
 
     rows_per_shard: int = 128
     max_pixels_per_batch: int = 8 * 33 * 64 * 64
+    keep_std: bool = False
     timeout_s: float = 20.0
     max_reject_fraction: float = 0.5
     previous: str | None = None
@@ -210,7 +213,7 @@ class EncodeShard:
     def _encode_together(self, group: DecodedGroup, texts: Sequence[Tensor]) -> dict[int, guard.Row]:
         videos = latents.encode_videos(self._vae, [clip.video_u8 for clip in group.clips], self._device)
         return {
-            row["position"]: latents.latents_row(row, clip, latent, texts[row["position"]])
+            row["position"]: latents.latents_row(row, clip, latent, texts[row["position"]], self._config.keep_std)
             for row, clip, latent in zip(group.rows, group.clips, videos, strict=True)
         }
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline import store
+from video_dit.random import keyed_normal
 from video_dit.shapes import LatentShape, Stride
 
+_LARGE = ("latents", "latents_std", "text")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -25,8 +27,15 @@ class LatentSample(NamedTuple):
     """One row of LATENTS, as tensors."""
 
     clip_id: str
-    latents: Tensor  # c t h w, float32
+    latents: Tensor  # c t h w, float32: the mean of what the VAE says
     text: Tensor  # s d, float32
+    std: Tensor | None = None  # c t h w, where it was kept
+
+    def draw(self, *key: int | str) -> Tensor:
+        """Latents drawn from what the VAE says, the same for the same key; the mean where no deviation was kept."""
+        if self.std is None:
+            return self.latents
+        return self.latents + self.std * keyed_normal(self.latents.shape, "posterior", *key, self.clip_id)
 
 
 class BoundedCache(Generic[Key, Value]):
@@ -91,10 +100,13 @@ class LatentDataset:
         number, group, row = self._places[place]
         with self._lock:
             columns = self._groups.get((number, group), lambda: self._files[number].read_row_group(group).to_pydict())
+        shape, stds = columns["latents_shape"][row], columns.get("latents_std")  # tables of version 1 have none
+        std = stds[row] if stds else None
         return LatentSample(
             columns["clip_id"][row],
-            _tensor(columns["latents"][row], columns["latents_shape"][row]),
+            _tensor(columns["latents"][row], shape),
             _tensor(columns["text"][row], columns["text_shape"][row]),
+            None if std is None else _tensor(std, shape),
         )
 
 
@@ -104,7 +116,7 @@ def _open_parquet(url: str) -> pq.ParquetFile:
 
 
 def _group_bytes(columns: dict[str, list]) -> int:
-    return sum(map(len, columns["latents"])) + sum(map(len, columns["text"]))
+    return sum(len(value) for name in _LARGE for value in columns.get(name, ()) if value)
 
 
 def _tensor(data: bytes, shape: list[int]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LATENT_ROWS_PER_GROUP = 16  # small enough to read one sample without its neighbours
 
 LINEAGE = pa.struct([("source_id", pa.string()), ("caption_source", pa.string())])
@@ -31,7 +31,8 @@ CLIPS = pa.schema(
 LATENTS = pa.schema(
     [
         ("clip_id", pa.string()),
-        ("latents", pa.large_binary()),  # float16, c t h w, normalised per channel
+        ("latents", pa.large_binary()),  # float16, c t h w, normalised per channel: the VAE's mean
+        ("latents_std", pa.large_binary()),  # its standard deviation, likewise; null where only the mean is kept
         ("latents_shape", pa.list_(pa.int32())),  # (c, t, h, w)
         ("text", pa.large_binary()),  # float16, s d, unpadded
         ("text_shape", pa.list_(pa.int32())),  # (s, d)

@@ -195,7 +195,7 @@ class ClassifierTrainee:
         places = [self.trained[number] for number in pack]
         samples = [self.data[place] for place in places]
         batch = diffusion_batch(
-            latents=[sample.latents for sample in samples],
+            latents=[sample.draw(self.config.plan.seed, step) for sample in samples],
             texts=[self.no_text] * len(samples),
             empty_text=self.no_text,
             keys=[(self.config.plan.seed, step, sample.clip_id) for sample in samples],

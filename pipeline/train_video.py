@@ -93,8 +93,7 @@ def _check_fits(dit: VideoDiTConfig, encoder: str) -> None:
 
 def encoder_folder(latents: store.Manifest) -> str:
     """The model folder whose VAE and text encoder made the latents."""
-    _, model = latents.parents
-    return store.join(model["uri"], latents.config["model"])
+    return store.join(latents.parents[1]["uri"], latents.config["model"])
 
 
 def latents_of(model: Model) -> store.Manifest:
@@ -156,7 +155,7 @@ class LatentTrainee:
         """What batches are made of: latents, texts, the empty text, and keys (seed, step, clip) for random numbers."""
         samples = [self.data[place] for place in pack]
         return {
-            "latents": [sample.latents for sample in samples],
+            "latents": [sample.draw(self.task.plan.seed, step) for sample in samples],
             "texts": [sample.text for sample in samples],
             "empty_text": self.empty_text,
             "keys": [(self.task.plan.seed, step, sample.clip_id) for sample in samples],

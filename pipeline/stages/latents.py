@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,33 +30,47 @@ def group_by_shape(rows: Sequence[dict[str, Any]], max_pixels_per_batch: int) ->
     return groups
 
 
+class Encoded(NamedTuple):
+    """What the VAE says of a clip, on the host: c t h w each."""
+
+    mean: NDArray[np.float16]
+    std: NDArray[np.float16]
+
+
 @torch.inference_mode()
-def encode_videos(vae: VideoVAE, videos_u8: Sequence[NDArray[np.uint8]], device: str) -> list[NDArray[np.float16]]:
-    """Latents (c, t', h', w') of videos (t, h, w, 3) of one shape, on the host."""
+def encode_videos(vae: VideoVAE, videos_u8: Sequence[NDArray[np.uint8]], device: str) -> list[Encoded]:
+    """Latents of videos (t, h, w, 3) of one shape."""
     batch = torch.from_numpy(np.stack(videos_u8)).to(device)
     video = rearrange(batch, "b t h w c -> b c t h w").float() / 127.5 - 1
-    return list(vae.encode(video).mean.to("cpu", torch.float16).numpy())
+    posterior = vae.encode(video)
+    return [Encoded(*pair) for pair in zip(_half(posterior.mean), _half(posterior.std), strict=True)]
 
 
-def latents_row(row: dict[str, Any], clip: Clip, latents: NDArray[np.float16], text: Tensor) -> dict[str, Any]:
+def _half(values: Tensor) -> NDArray[np.float16]:
+    return values.to("cpu", torch.float16).numpy()
+
+
+def latents_row(row: dict[str, Any], clip: Clip, encoded: Encoded, text: Tensor, keep_std: bool) -> dict[str, Any]:
     """The row of LATENTS for a row of CLIPS.
 
     Args:
         row: of CLIPS.
         clip: its frames.
-        latents: c t h w.
+        encoded: its latents.
         text: s d.
+        keep_std: whether training may draw from what the VAE says, or has its mean only.
 
     Raises:
         ValueError: a number is not finite in float16: the model is damaged.
     """
-    text_half = text.to("cpu", torch.float16).numpy()
-    for name, array in (("latents", latents), ("text", text_half)):
+    latents, text_half = encoded.mean, _half(text)
+    for name, array in (("latents", latents), ("std of the latents", encoded.std), ("text", text_half)):
         if not np.isfinite(array).all():
             raise ValueError(f"{name} of clip {row['clip_id']} ({row['source_uri']}) are not finite in float16")
     return {
         "clip_id": row["clip_id"],
         "latents": latents.tobytes(),
+        "latents_std": encoded.std.tobytes() if keep_std else None,
         "latents_shape": list(latents.shape),
         "text": text_half.tobytes(),
         "text_shape": list(text_half.shape),

@@ -17,6 +17,7 @@ def latents_row(number):
     return {
         "clip_id": f"clip{number}",
         "latents": np.full(shape, number, np.float16).tobytes(),
+        "latents_std": np.full(shape, 0.5, np.float16).tobytes() if number % 2 else None,
         "latents_shape": list(shape),
         "text": np.full((1 + number % 4, 3), -number, np.float16).tobytes(),
         "text_shape": [1 + number % 4, 3],
@@ -47,6 +48,18 @@ def test_samples_come_by_place_in_any_order(manifest):
         assert sample.clip_id == data.clip_ids[number] == f"clip{number}"
         assert torch.equal(sample.latents, torch.full((2, 1 + number % 3, 2, 4), float(number)))
         assert torch.equal(sample.text, torch.full((1 + number % 4, 3), -float(number)))
+
+
+def test_latents_are_drawn_where_the_deviation_is_kept(manifest):
+    data = LatentDataset(manifest)
+    mean_only, with_std = data[2], data[3]
+    assert torch.equal(mean_only.draw(7, 1), mean_only.latents)
+    noise = [(with_std.draw(7, step) - 3.0) / 0.5 for step in range(400)]
+    assert torch.equal(noise[1] * 0.5 + 3.0, data[3].draw(7, 1))
+    assert len({value[0, 0, 0, 0].item() for value in noise}) == 400
+    every = torch.stack(noise)
+    assert abs(every.mean().item()) < 0.03
+    assert abs(every.std().item() - 1) < 0.03
 
 
 def test_cache_keeps_the_recent_values_that_fit():

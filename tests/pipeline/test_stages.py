@@ -196,9 +196,12 @@ def test_latents_rows_hold_float16_and_refuse_what_it_cannot_hold():
     clip = Clip(np.zeros((1, 16, 16, 3), np.uint8), np.zeros(1), "pyav")
     source = {"clip_id": "c", "source_uri": "u", "caption": "x", "fps": 8.0, "lineage": {}}
     array = np.arange(8, dtype=np.float16).reshape(2, 1, 2, 2)
-    made = latents.latents_row(source, clip, array, torch.ones(3, 5))
+    encoded = latents.Encoded(array, array + 1)
+    made = latents.latents_row(source, clip, encoded, torch.ones(3, 5), keep_std=True)
     assert np.array_equal(np.frombuffer(made["latents"], np.float16).reshape(made["latents_shape"]), array)
+    assert np.array_equal(np.frombuffer(made["latents_std"], np.float16).reshape(made["latents_shape"]), array + 1)
+    assert latents.latents_row(source, clip, encoded, torch.ones(3, 5), keep_std=False)["latents_std"] is None
     assert made["text_shape"] == [3, 5]
     assert made["decode_backend"] == "pyav"
     with pytest.raises(ValueError, match="text of clip c"):
-        latents.latents_row(source, clip, array, torch.full((1, 5), 1e6))
+        latents.latents_row(source, clip, encoded, torch.full((1, 5), 1e6), keep_std=False)

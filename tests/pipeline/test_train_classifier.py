@@ -59,6 +59,7 @@ def latents_row(number, channels=4, words=None):
     return {
         "clip_id": f"clip{number}",
         "latents": values.tobytes(),
+        "latents_std": None,
         "latents_shape": list(shape),
         "text": np.zeros((2, 3), np.float16).tobytes(),
         "text_shape": [2, 3],
