@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline import cluster, schema, settle, sources, store, tasks
+from pipeline import cluster, near_duplicates, schema, settle, sources, store, tasks
 from pipeline import previous as earlier
 from pipeline.errors import ClipRejected
 from pipeline.source_rows import SourceConfig, SourceRow
-from pipeline.stages import caption, guard, probe, split
+from pipeline.stages import caption, filters, guard, probe, scenes, score, split
+from pipeline.stages.filters import FilterConfig
+from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.reader import ClipReader
 
 _SOURCES = pa.schema(
@@ -48,6 +52,11 @@ class CurateConfig:
         caption_fallback: what stands in for a missing caption: "filename", "empty" or "reject".
         max_source_pixels_px: larger files are rejected, not scaled: their frames would fill the memory.
         max_source_duration_s: longer files are rejected.
+        scene_threshold: no clip crosses a cut, a frame that changes so many times as much as its neighbours; lower
+            finds more. None does not look for cuts, which takes a decoding of the whole file.
+        hop_frames: from one window's start to the next one's, for windows that overlap; None is back to back.
+        filters: limits on sources and clips.
+        keep_scores: measure luma, contrast, sharpness and motion of each clip even where no filter asks for them.
         timeout_s: clock limit of one file's probe.
         max_reject_fraction: the job fails when more than this share of the sources gives no clip (a copy of another
             source counts as good).
@@ -70,6 +79,10 @@ class CurateConfig:
     caption_fallback: str = "filename"
     max_source_pixels_px: int = 4096 * 4096
     max_source_duration_s: float = 4 * 3600.0
+    scene_threshold: float | None = 3.0
+    hop_frames: int | None = None
+    filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    keep_scores: bool = False
     timeout_s: float = 20.0
     max_reject_fraction: float = 0.5
     rows_per_shard: int = 4096
@@ -84,6 +97,9 @@ class CurateConfig:
         for name in ("min_frames", "stride_frames", "stride_px", "rows_per_shard", "max_source_pixels_px"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("hop_frames", "num_actors"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1, or None")
         if self.max_frames < self.min_frames or (self.max_frames - 1) % self.stride_frames:
             rule = (
                 f"must be 1 + a multiple of stride_frames={self.stride_frames}, at least min_frames={self.min_frames}"
@@ -94,10 +110,12 @@ class CurateConfig:
             raise ValueError(f"{limits}: must have room for a square of stride_px={self.stride_px}")
         if self.caption_fallback not in caption.FALLBACKS:
             raise ValueError(f"caption_fallback={self.caption_fallback!r}: must be one of {caption.FALLBACKS}")
+        if self.scene_threshold is not None and not self.scene_threshold > 1:
+            raise ValueError(f"scene_threshold={self.scene_threshold}: must be above 1, or None")
+        if self.near_duplicate_bits is not None:
+            near_duplicates.check_bits(self.near_duplicate_bits)
         if not 0 <= self.max_reject_fraction <= 1:
             raise ValueError(f"max_reject_fraction={self.max_reject_fraction}: must be in [0, 1]")
-        if self.num_actors is not None and self.num_actors < 1:
-            raise ValueError(f"num_actors={self.num_actors}: must be at least 1, or None")
 
 
 def curate(config: CurateConfig, source: str, storage: str) -> store.Manifest:
@@ -197,35 +215,27 @@ def _outcome(row: guard.Row, number: int) -> guard.Row:
 
 def curate_stages(config: CurateConfig, reader: ClipReader) -> list[tuple[str, guard.Stage]]:
     """The row functions from a source to its clips, with their names."""
-    return [
+    near = config.near_duplicate_bits is not None
+    stages: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         (
             "probe",
-            functools.partial(
-                probe.probe,
-                inspect=reader.probe,
-                max_source_pixels_px=config.max_source_pixels_px,
-                max_source_duration_s=config.max_source_duration_s,
-            ),
+            probe.probe,
+            {"inspect": reader.probe, **_fields(config, "max_source_pixels_px", "max_source_duration_s")},
         ),
-        ("caption", functools.partial(caption.caption, fallback=config.caption_fallback)),
-        (
-            "resize",
-            functools.partial(
-                split.resize,
-                max_side_px=config.max_side_px,
-                max_pixels_px=config.max_pixels_px,
-                stride_px=config.stride_px,
-            ),
-        ),
-        (
-            "split",
-            functools.partial(
-                split.split,
-                fps=config.fps,
-                max_frames=config.max_frames,
-                min_frames=config.min_frames,
-                stride_frames=config.stride_frames,
-            ),
-        ),
-        ("identify", split.identify),
+        ("filter", filters.check_source, {"config": config.filters}),
+        ("caption", caption.caption, {"fallback": config.caption_fallback}),
+        ("resize", split.resize, _fields(config, "max_side_px", "max_pixels_px", "stride_px")),
+        ("scenes", scenes.find_cuts, {"read": reader.read, "threshold": config.scene_threshold}),
+        ("split", split.split, _fields(config, "fps", "max_frames", "min_frames", "stride_frames", "hop_frames")),
     ]
+    if config.keep_scores or config.filters.needs_scores or near:
+        stages += [
+            ("score", score.score, {"read": reader.read, "fingerprint": fingerprint if near else None}),
+            ("filter", filters.check_scores, {"config": config.filters}),
+        ]
+    stages.append(("identify", split.identify, {}))
+    return [(name, functools.partial(stage, **settings)) for name, stage, settings in stages]
+
+
+def _fields(config: CurateConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}

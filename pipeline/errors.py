@@ -17,8 +17,8 @@ class RejectReason(StrEnum):
     UNREADABLE = "unreadable"  # no decoder can open the file
     NOT_VIDEO = "not_video"  # opened, but no usable video stream (audio only, cover art, text)
     NO_FRAMES = "no_frames"  # a stream without a single decodable frame
-    TOO_SHORT = "too_short"  # fewer frames than the policy asks for
-    TOO_SMALL = "too_small"  # a side below the model's stride
+    TOO_SHORT = "too_short"  # fewer frames, or seconds, than the policy asks for
+    TOO_SMALL = "too_small"  # a side below the model's stride, or the policy's limit
     TOO_LARGE = "too_large"  # pixels or frames above the decode limit
     HDR = "hdr"  # PQ or HLG transfer: not what 8 bits of RGB can hold
     BAD_TIMES = "bad_times"  # timestamps missing, not finite or not increasing
@@ -26,7 +26,16 @@ class RejectReason(StrEnum):
     TIMEOUT = "timeout"  # the decoder was killed by the clock
     CRASHED = "crashed"  # the decoder process died
     QUARANTINED = "quarantined"  # worker processes died, again and again, that worked on it
+    ASPECT = "aspect"  # too wide or too high for the policy
+    LOW_FPS = "low_fps"  # fewer frames a second than the policy asks for
+    LOW_MOTION = "low_motion"  # these and the next: see pipeline/stages/score.py
+    HIGH_MOTION = "high_motion"
+    DARK = "dark"
+    BRIGHT = "bright"
+    LOW_CONTRAST = "low_contrast"
+    BLURRED = "blurred"
     NO_CAPTION = "no_caption"  # no caption found and the config asks for one
+    CAPTION_FAILED = "caption_failed"  # who was to see the frames gave no answer
     BAD_ROW = "bad_row"  # a manifest row without its required columns
     DUPLICATE = "duplicate"  # the same clip id came before in the same set
     NEAR_DUPLICATE = "near_duplicate"  # a clip that looks nearly the same came before

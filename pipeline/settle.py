@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline import schema, store
+from pipeline import near_duplicates, schema, store
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import guard
 
@@ -44,8 +44,6 @@ def settle(folder: str, parts: Sequence[str], rows_per_shard: int, near_duplicat
     """
     near = {}
     if near_duplicate_bits is not None:
-        from pipeline import near_duplicates  # TODO
-
         near = near_duplicates.near_duplicates([store.join(folder, part) for part in parts], near_duplicate_bits)
     copies = _Copies(_exact_copies(folder, parts), near)
     settled, source = Settled(), -1

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline import store
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages.probe import Probe
+from pipeline.stages.window import TIME_TOLERANCE_S
 
 FRAME_TOLERANCE = 0.01  # of a period: a duration that is rounded up gains no frame
 SAME_RATE = 0.99  # a file this close to the asked rate has that rate
 
 
 def split(
-    row: dict[str, Any], *, fps: float, max_frames: int, min_frames: int, stride_frames: int
+    row: dict[str, Any],
+    *,
+    fps: float,
+    max_frames: int,
+    min_frames: int,
+    stride_frames: int,
+    hop_frames: int | None = None,
 ) -> list[dict[str, Any]]:
     """Cut a probed row into windows of 1 + k * stride_frames frames, each a row with start_s, end_s, fps, num_frames.
 
     A file slower than `fps` is sampled at its own rate: a repeated frame would teach that things stand still. What is
-    left after the last full window becomes a shorter one, or is dropped when it holds fewer than `min_frames`.
+    left after the last full window of a scene becomes a shorter one, or is dropped when it holds fewer than
+    `min_frames`.
 
     Args:
-        row: has `probe`, and start_s, end_s (or None) that bound the part of the file to use.
+        row: has `probe`, start_s, end_s (or None) that bound the part of the file to use, and perhaps `cuts_s`, which
+            no window crosses.
         fps: rate to sample at; also written for a still picture, which is a window of one frame.
         max_frames: longest window.
         min_frames: shortest window.
         stride_frames: the model's temporal stride.
+        hop_frames: from one window's start to the next one's; None is back to back. Of overlapping windows only the
+            first of a scene may be shorter.
 
     Raises:
         ClipRejected: TOO_SHORT, or BAD_TIMES for bounds that are not a part of the file.
@@ -36,21 +48,24 @@ def split(
         return [{**row, "start_s": 0.0, "end_s": 1 / fps, "fps": fps, "num_frames": 1}]
     start_s, end_s = _bounds(facts, row["start_s"], row["end_s"])
     rate_fps = fps if facts.fps >= fps * SAME_RATE else facts.fps
-    num_frames = math.ceil((end_s - start_s) * rate_fps - FRAME_TOLERANCE)  # samples before the end
-    windows = _windows(num_frames, max_frames, min_frames, stride_frames)
-    if not windows:
-        detail = f"{num_frames} frames at {rate_fps:.3f} fps: min_frames={min_frames}"
+    clips, longest = [], 0
+    for scene_s, scene_end_s in _scenes(start_s, end_s, row.get("cuts_s", ())):
+        num_frames = math.ceil((scene_end_s - scene_s) * rate_fps - FRAME_TOLERANCE)  # samples before the end
+        longest = max(longest, num_frames)
+        for first, length in _windows(num_frames, max_frames, min_frames, stride_frames, hop_frames):
+            first_s, last_s = (round(scene_s + number / rate_fps, 6) for number in (first, first + length))
+            clips.append({**row, "start_s": first_s, "end_s": last_s, "fps": rate_fps, "num_frames": length})
+    if not clips:
+        detail = f"{longest} frames at {rate_fps:.3f} fps in the longest scene: min_frames={min_frames}"
         raise ClipRejected(RejectReason.TOO_SHORT, detail)
-    return [
-        {
-            **row,
-            "start_s": round(start_s + first / rate_fps, 6),
-            "end_s": round(start_s + (first + length) / rate_fps, 6),
-            "fps": rate_fps,
-            "num_frames": length,
-        }
-        for first, length in windows
-    ]
+    return clips
+
+
+def _scenes(start_s: float, end_s: float, cuts_s: Sequence[float]) -> list[tuple[float, float]]:
+    """Start and end of each scene; a sample just before a cut would show the frame behind it."""
+    inside = [cut_s for cut_s in cuts_s if start_s < cut_s < end_s]
+    ends = [cut_s - 2 * TIME_TOLERANCE_S for cut_s in inside]
+    return list(zip([start_s, *inside], [*ends, end_s], strict=True))
 
 
 def _bounds(facts: Probe, start_s: float | None, end_s: float | None) -> tuple[float, float]:
@@ -62,13 +77,15 @@ def _bounds(facts: Probe, start_s: float | None, end_s: float | None) -> tuple[f
     return first_s, last_s
 
 
-def _windows(num_frames: int, max_frames: int, min_frames: int, stride: int) -> list[tuple[int, int]]:
+def _windows(
+    num_frames: int, max_frames: int, min_frames: int, stride: int, hop: int | None = None
+) -> list[tuple[int, int]]:
     """(first frame, length) of each window."""
     windows = []
-    for first in range(0, num_frames, max_frames):
+    for first in range(0, num_frames, hop or max_frames):
         left = min(max_frames, num_frames - first)
         length = 1 + (left - 1) // stride * stride
-        if length >= min_frames:
+        if length >= (min_frames if hop is None or not first else max_frames):
             windows.append((first, length))
     return windows
 

@@ -24,7 +24,7 @@ def main(source, storage, model_uri):
     model = store.Manifest.load(model_uri)
     config = EncodeConfig(num_actors=2, rows_per_shard=8)
     latents = encode(config, clips, model, store.join(model.uri, "model"), storage)
-    sys.stdout.write(f"{digest(clips)} {digest(latents)}\n")
+    sys.stdout.write(f"digest: {digest(clips)} {digest(latents)}\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from pipeline import media
 from pipeline.curate import CurateConfig, curate
 from pipeline.errors import SourceError, TooManyRejectsError
+from pipeline.stages.filters import FilterConfig
 from tests.pipeline.test_decode import audio_only, moving, png_bytes
+from tests.pipeline.test_near_duplicates import scene
 
 CONFIG = CurateConfig(num_actors=2, timeout_s=10.0)
 
@@ -61,6 +65,31 @@ def test_the_same_call_is_a_lookup_and_another_place_gives_the_same_files(made, 
     assert (alone.hash, alone.files) == (made.hash, made.files)
 
 
+def test_cuts_scores_filters_and_near_copies(ray_cluster, tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    two_scenes = np.concatenate([scene(1), scene(2)])
+    (source / "a.mp4").write_bytes(media.encode_mp4(two_scenes, 8))
+    again = np.stack([cv2.resize(frame, (128, 128), interpolation=cv2.INTER_CUBIC) for frame in scene(2)])
+    (source / "b_larger.mp4").write_bytes(media.encode_mp4(again, 8))
+    (source / "c_frozen.mp4").write_bytes(media.encode_mp4(np.repeat(scene(3)[:1], 17, axis=0), 8))
+    (source / "d_wide.mp4").write_bytes(media.encode_mp4(moving(17, 48, 96), 8))
+    config = dataclasses.replace(
+        CONFIG,
+        filters=FilterConfig(min_motion=0.02, max_aspect=1.5),
+        near_duplicate_bits=12,
+        max_reject_fraction=0.6,
+    )
+    made = curate(config, str(source), str(tmp_path / "out"))
+    clips, rejects = made.read("clips").to_pylist(), made.read("rejects").to_pylist()
+    assert [(clip["start_s"], clip["num_frames"]) for clip in clips] == [(0.0, 17), (17 / 8, 17)]
+    assert dict(clips[0]["scores"])["motion"] == pytest.approx(16 / 96, rel=0.15)
+    assert [(reject["stage"], reject["reason"]) for reject in rejects] == [
+        ("dedupe", "near_duplicate"), ("filter", "low_motion"), ("filter", "aspect")
+    ]  # fmt: skip
+    assert rejects[0]["detail"].endswith("a.mp4 at 2.125 s")
+
+
 def test_too_many_rejects_publish_nothing(ray_cluster, folder, tmp_path):
     manifest = tmp_path / "list.jsonl"
     rows = [{"video": str(folder / "b.mp4")}, {"caption": "no file"}, {"video": "missing.mp4"}]
@@ -87,6 +116,9 @@ def test_no_source_is_an_error_before_the_cluster(tmp_path):
         {"caption_fallback": "guess"},
         {"max_reject_fraction": 2.0},
         {"num_actors": 0},
+        {"hop_frames": 0},
+        {"scene_threshold": 1.0},
+        {"near_duplicate_bits": 24},
         {"rows_per_shard": 0},
     ],
 )
