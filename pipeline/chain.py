@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from pipeline import console, store
+from pipeline import console, report_page, store
 from pipeline.curate import CurateConfig, curate
 from pipeline.distill_video import DistillVideoConfig, distill_video
 from pipeline.encode import EncodeConfig, encode
@@ -84,7 +84,7 @@ class Chain:
     def clips(self) -> store.Manifest:
         """CLIPS of the source."""
         source = self.source or store.join(self.toy_clips().uri, "clips")
-        return self._hop("curate", lambda: curate(self.recipe.curate, source, self.storage))
+        return self._with_page(self._hop("curate", lambda: curate(self.recipe.curate, source, self.storage)))
 
     def vae(self) -> store.Manifest:
         """The trained VAE."""
@@ -95,7 +95,8 @@ class Chain:
         """LATENTS of the clips."""
         vae = self.vae()
         (clips,) = (store.Manifest.load(parent["uri"]) for parent in vae.parents)
-        return self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
+        encoded = self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
+        return self._with_page(encoded)
 
     def classifier(self) -> store.Manifest:
         """The trained classifier of the toy world's attributes; begins with the model."""
@@ -166,6 +167,12 @@ class Chain:
             config.generate.request(n, clip["caption"], clip["num_frames"], clip["height_px"], clip["width_px"])
             for n, clip in enumerate(clips)
         ]
+
+    def _with_page(self, manifest: store.Manifest) -> store.Manifest:
+        """The result, with a page to look at."""
+        if not store.exists(store.join(manifest.uri, report_page.PAGE)):
+            report_page.write_page(manifest)
+        return manifest
 
     def _hop(self, label: str, run: Callable[[], store.Manifest]) -> store.Manifest:
         start_s = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,17 @@ def hop_done(label: str, manifest: store.Manifest, elapsed_s: float) -> None:
     """Say what a hop made, how long it took and where it is."""
     counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest.counts.items())
     _console().print(f"[bold]{label:<12}[/bold] {elapsed_s:7.1f} s   {counts}   {manifest.uri}")
+
+
+def reject_table(manifest: store.Manifest, reasons: Sequence[tuple[str, int]]) -> None:
+    """Show what came of a hop's rows, and why some were refused."""
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest.counts.items())
+    table = Table(title=f"{manifest.verb} {manifest.name}: {counts}", title_justify="left")
+    table.add_column("refused")
+    table.add_column("rows", justify="right")
+    for reason, count in reasons:
+        table.add_row(reason, f"{count:,}")
+    _console().print(table)
 
 
 def score_table(scores: Mapping[str, float]) -> None:
