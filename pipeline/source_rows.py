@@ -117,5 +117,5 @@ def version_of(uri: str) -> str:
     try:
         fs, path = store.filesystem(uri)
         return version(fs.info(path))
-    except (OSError, ValueError, ImportError):
-        return "unreadable"  # the probe says why, as a reject
+    except Exception:  # each file system has its own; the probe says why, as a reject
+        return "unreadable"

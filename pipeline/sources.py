@@ -29,8 +29,8 @@ def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow
     try:
         fs, path = store.filesystem(url)
         found = fs.exists(path)
-    except (ValueError, ImportError) as error:
-        raise SourceError(f"source {url!r} cannot be opened: {error}") from error
+    except Exception as error:  # each file system has its own
+        raise SourceError(f"source {url!r} cannot be opened: {type(error).__name__}: {error}{_hint(url)}") from error
     if not found:
         kinds = ", ".join(manifests.MANIFEST_SUFFIXES)
         raise SourceError(f"source {url!r} is not there: give a folder of videos, or a manifest ({kinds})")
@@ -47,6 +47,15 @@ def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow
             f"source {url!r}: {filters} leave none of its {len(rows)} files, such as {rows[0].source_uri!r}"
         )
     return wanted
+
+
+def _hint(url: str) -> str:
+    """What a bucket needs."""
+    if url.startswith("s3://"):
+        return "; s3 needs pip install 'kinoray[s3]' and AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL)"
+    if url.startswith(("gs://", "gcs://")):
+        return "; gs needs pip install 'kinoray[gs]' and GOOGLE_APPLICATION_CREDENTIALS"
+    return ""
 
 
 def source_hash(rows: list[SourceRow]) -> str:

@@ -43,7 +43,8 @@ PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273: more light than 8 b
 _MEMBER = re.compile(r"(?P<tar>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)#.+", re.DOTALL)
 
 File = str | BinaryIO
-COPY_BYTES = 1 << 20
+COPY_BYTES = 16 << 20  # fetched at a time of a remote file that is needed whole
+RANGE_BYTES = 1 << 20  # of one that is read in parts
 
 
 def suffix(uri: str) -> str:
@@ -89,8 +90,12 @@ class _Slice(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_file(uri: str) -> Iterator[File]:
+def open_file(uri: str, block_bytes: int = RANGE_BYTES) -> Iterator[File]:
     """A local file's path, or a remote file or a tar's member that is read by ranges, as a decoder seeks.
+
+    Args:
+        uri: path or fsspec URL.
+        block_bytes: of a remote file, fetched at a time; some blocks are kept.
 
     Raises:
         ClipRejected: UNREADABLE, the remote file cannot be fetched.
@@ -100,13 +105,28 @@ def open_file(uri: str) -> Iterator[File]:
         yield uri
         return
     try:
-        with fsspec.open(member["tar"] if member else uri, "rb") as remote:
+        fs, path = fsspec.core.url_to_fs(member["tar"] if member else uri)
+        with fs.open(path, "rb", block_size=block_bytes, cache_type="blockcache") as remote:
             if member:
                 yield io.BufferedReader(_Slice(remote, int(member["offset"]), int(member["size"])))
             else:
                 yield remote
-    except OSError as error:
-        raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error}") from error
+    except ClipRejected:
+        raise
+    except Exception as error:
+        if _is_remote_error(error):
+            raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _is_remote_error(error: Exception) -> bool:
+    """Whether a file system raised it: an OSError, or what an SDK that this module does not know has for that."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
+        "botocore",
+        "aiohttp",
+        "google",
+        "gcsfs",
+    )
 
 
 @contextlib.contextmanager
@@ -116,7 +136,7 @@ def local_copy(uri: str) -> Iterator[str]:
     Raises:
         ClipRejected: UNREADABLE, the remote file cannot be fetched.
     """
-    with open_file(uri) as file, contextlib.ExitStack() as stack:
+    with open_file(uri, COPY_BYTES) as file, contextlib.ExitStack() as stack:
         if not isinstance(file, str):
             copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=suffix(uri)))
             shutil.copyfileobj(file, copy, COPY_BYTES)
