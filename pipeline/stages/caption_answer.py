@@ -11,7 +11,7 @@ _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control codes,
 _THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
 _PREAMBLE = re.compile(
     r"^\W*(?:(?:sure|certainly|of course)\b[^:]{0,40})?"
-    r"(?:here(?:['\u2019]s| is)\b[^:]{0,60}|(?:video )?(?:caption|description)\b\W{0,3}):[\s*]*",
+    r"(?:here(?:['\u2019]s| is)\b[^:]{0,40}\b)?(?:video )?(?:caption|description)\b(?:[^:.]{0,40}):[\s*]*",
     re.IGNORECASE,
 )
 _QUOTED = re.compile(r"[\"\u201c*`]+([^\"\u201c\u201d*`]+)[\"\u201d*`]+")

@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from PIL import Image
 
 import pipeline
@@ -183,7 +182,7 @@ def _retry_after_s(headers: http.client.HTTPMessage) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 
@@ -214,7 +213,6 @@ class ModelCaptioner:
         with self._lock:
             return self._generate([{"role": "user", "content": [*images, text]}])
 
-    @torch.inference_mode()
     def _generate(self, messages: list[dict[str, Any]]) -> Answer:
         settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         try:
@@ -235,7 +233,7 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         processor = AutoProcessor.from_pretrained(model)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", use_safetensors=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", use_safetensors=True)
     except ImportError as error:
         raise ValueError(f"model={model!r} needs packages: pip install 'kinoray[vlm]' ({error})") from error
     except OSError as error:

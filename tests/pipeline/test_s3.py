@@ -77,7 +77,7 @@ def test_the_readers_child_reaches_the_bucket():
 
 
 def test_a_window_of_a_large_file_is_a_part_of_its_bytes(bucket, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (240, 192, 192, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (600, 192, 192, 3), np.uint8)
     data = encode(noise, fps=24, options={"g": "24"})
     bucket.put_object(Bucket="videos", Key="large.mp4", Body=data)
     fetched = []
@@ -85,7 +85,7 @@ def test_a_window_of_a_large_file_is_a_part_of_its_bytes(bucket, monkeypatch):
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", lambda file, a, b: fetched.append(b - a) or fetch(file, a, b))
     clip = read_clip("s3://videos/large.mp4", 8.0, 8.5)
     assert clip.video_u8.shape == (12, 192, 192, 3)
-    assert 0 < sum(fetched) < len(data) / 2
+    assert 0 < sum(fetched) <= 6 << 20 < len(data)  # begin, index, window
 
 
 def test_a_job_reads_and_writes_buckets_and_the_second_run_is_a_lookup(tmp_path):
