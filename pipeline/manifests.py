@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import store
 from pipeline.errors import SourceError
 from pipeline.source_rows import Layout, SourceConfig, SourceRow, version_of
-from pipeline.stages.container import suffix
+from pipeline.stages.files import embedded_uri, suffix
 
 MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+METADATA = ("metadata.csv", "metadata.jsonl")  # of a folder, as the datasets library has them
 LISTS = ("videos.txt", "prompts.txt")  # a file a line, and its caption on the same line of the other
 
 Row = Mapping[str, Any]
@@ -31,7 +33,7 @@ def manifest_rows(url: str, config: SourceConfig) -> list[SourceRow]:
     """
     try:
         rows = _read(url)
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
         raise SourceError(f"manifest {url!r} cannot be read: {error}") from error
     if not rows:
         raise SourceError(f"manifest {url!r} has no rows")
@@ -64,9 +66,9 @@ def list_rows(folder: str, config: SourceConfig) -> list[SourceRow]:
 
 def _read(url: str) -> list[Row]:
     """Rows as dicts; a line of JSON that is no object has the key `problem` alone."""
-    data = store.read_bytes(url)
     if suffix(url) == ".parquet":
-        return pq.read_table(io.BytesIO(data)).to_pylist()
+        return _parquet_rows(url)
+    data = store.read_bytes(url)
     text = data.decode("utf-8-sig")
     if suffix(url) == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
@@ -76,6 +78,39 @@ def _read(url: str) -> list[Row]:
     if not isinstance(rows, list):
         raise ValueError(f"it holds a {type(rows).__name__}, not a list of objects")
     return [_object(row) for row in rows]
+
+
+def _parquet_rows(url: str) -> list[Row]:
+    """Rows of a Parquet file. Files whose bytes it holds (struct of bytes and path, as the datasets library writes
+    videos and images) are not read: their column has a URI instead.
+    """
+    fs, path = store.filesystem(url)
+    rows: list[Row] = []
+    with fs.open(path) as file, pq.ParquetFile(file) as parquet:
+        fields = {field.name: field.type for field in parquet.schema_arrow}
+        files = [name for name, kind in fields.items() if _is_file(kind)]
+        columns = [f"{name}.path" if name in files else name for name in fields]
+        for group in range(parquet.num_row_groups):
+            for row in parquet.read_row_group(group, columns=columns).to_pylist():
+                named = {name: _embedded(parquet, group, url, len(rows), name, row[name]) for name in files}
+                rows.append({**row, **named})
+    return rows
+
+
+def _is_file(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+def _embedded(parquet: pq.ParquetFile, group: int, url: str, row: int, column: str, value: Row | None) -> str | None:
+    """The path of a file that is elsewhere, or the URI of one that is here."""
+    found = parquet.metadata.row_group(group)
+    chunks = [found.column(i) for i in range(found.num_columns)]
+    (held,) = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"]
+    path = value["path"] if value else None
+    if held is not None and held.null_count == found.num_rows:
+        return path
+    name = path or ("picture.png" if "image" in column else "video.mp4")
+    return embedded_uri(url, column, row, PurePosixPath(name).name)
 
 
 def _json_object(line: str) -> Row:

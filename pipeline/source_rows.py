@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import store
+from pipeline.stages.files import host_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Layout:
 
 LAYOUTS = {
     "auto": Layout(
-        path=("video", "path", "file", "video_path", "image_path", "file_name", "uri"),
+        path=("video", "path", "file", "video_path", "image_path", "file_name", "uri", "image", "mp4"),
         caption=("caption", "text", "prompt", "cap"),
     ),
     "open_sora": Layout(path=("path",), caption=("text",)),
@@ -108,14 +109,16 @@ class SourceConfig:
 
 def version(info: Mapping[str, Any]) -> str:
     """What changes with a file's content, of what its file system tells."""
-    stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), "")
+    stamp = next(
+        (info[key] for key in ("ETag", "etag", "blob_id", "mtime", "LastModified", "created") if key in info), ""
+    )
     return f"{info.get('size')} {stamp}"
 
 
 def version_of(uri: str) -> str:
     """As `version`, asking the file system."""
     try:
-        fs, path = store.filesystem(uri)
+        fs, path = store.filesystem(host_file(uri))
         return version(fs.info(path))
     except Exception:  # each file system has its own; the probe says why, as a reject
         return "unreadable"

@@ -10,8 +10,9 @@ from typing import Any
 from pipeline import manifests, store, tars
 from pipeline.errors import SourceError
 from pipeline.sidecars import CAPTIONS
-from pipeline.source_rows import SourceConfig, SourceRow, version
-from pipeline.stages.container import MEDIA_SUFFIXES, suffix
+from pipeline.source_rows import SourceConfig, SourceRow, version, version_of
+from pipeline.stages.container import MEDIA_SUFFIXES
+from pipeline.stages.files import suffix
 
 
 def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow]:
@@ -19,7 +20,8 @@ def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow
 
     Captions stand beside a file as `<stem>.txt` or `<stem>.json` (key caption or text), in a manifest's column, or in a
     folder's `prompts.txt`, line by line with its `videos.txt`. WebDataset shards (.tar), alone or in a folder, are read
-    in place. Names that begin with a dot are left out.
+    in place, and so are datasets of the Hub (`hf://datasets/user/name`, or their Parquet files); a folder's
+    `metadata.csv` or `.jsonl` is a manifest of what it names. Names that begin with a dot are left out.
 
     Raises:
         SourceError: the URL is not there, holds nothing usable, or lacks a column.
@@ -39,7 +41,7 @@ def list_sources(url: str, config: SourceConfig | None = None) -> list[SourceRow
     elif all(fs.isfile(store.join(path, name)) for name in manifests.LISTS):
         rows = manifests.list_rows(url, config)
     else:
-        rows = _folder_rows(url)
+        rows = _folder_rows(url, config)
     wanted = [row for row in rows if config.wants(row.source_uri)]
     if not wanted:
         filters = f"include={config.include}, exclude={config.exclude}"
@@ -66,22 +68,38 @@ def source_hash(rows: list[SourceRow]) -> str:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def _folder_rows(url: str) -> list[SourceRow]:
+def _folder_rows(url: str, config: SourceConfig) -> list[SourceRow]:
     fs, path = store.filesystem(url)
     files: dict[str, Mapping[str, Any]] = fs.find(path, detail=True) if fs.isdir(path) else {path: fs.info(path)}
     seen = {name: info for name, info in files.items() if not PurePosixPath(name).name.startswith(".")}
-    rows = []
+    rows: list[SourceRow] = []
     for name in sorted(seen):
         uri = name if "://" not in url else fs.unstrip_protocol(name)
-        if suffix(name) == ".tar":
+        if suffix(name) == ".parquet" or PurePosixPath(name).name in manifests.METADATA:
+            rows += _manifest_in_folder(uri, config)
+        elif suffix(name) == ".tar":
             rows += tars.tar_rows(uri)
         elif suffix(name) in MEDIA_SUFFIXES:
             rows.append(_file_row(uri, name, files))
+    listed = {row.source_uri for row in rows if row.caption_source == "manifest"}
+    rows = [row for row in rows if row.source_uri not in listed or row.caption_source == "manifest"]
+    if not rows and any(suffix(name) == ".arrow" for name in seen):
+        raise SourceError(
+            f"source {url!r} was written by save_to_disk: run load_from_disk({url!r}).to_parquet('data.parquet')"
+        )
     if not rows:
         kinds = sorted({suffix(name) or PurePosixPath(name).name for name in seen})[:10]
         known = " ".join((".tar", *sorted(MEDIA_SUFFIXES)))
         raise SourceError(f"source {url!r} holds no video or picture ({known}); found: {' '.join(kinds) or 'nothing'}")
     return rows
+
+
+def _manifest_in_folder(uri: str, config: SourceConfig) -> list[SourceRow]:
+    """The rows of a manifest among other files; one that cannot be read is a row with a problem."""
+    try:
+        return manifests.manifest_rows(uri, config)
+    except SourceError as error:
+        return [SourceRow(source_uri=uri, version=version_of(uri), problem=str(error))]
 
 
 def _file_row(uri: str, name: str, files: Mapping[str, Any]) -> SourceRow:

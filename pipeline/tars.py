@@ -9,7 +9,8 @@ import fsspec
 
 from pipeline.sidecars import CAPTIONS
 from pipeline.source_rows import SourceRow, version_of
-from pipeline.stages.container import MEDIA_SUFFIXES, member_uri, suffix
+from pipeline.stages.container import MEDIA_SUFFIXES
+from pipeline.stages.files import member_uri, suffix
 
 MAX_CAPTION_BYTES = 1 << 20
 

@@ -168,7 +168,7 @@ def filename_words(uri: str) -> str:
 
 
 def _path(uri: str) -> PurePosixPath:
-    """A file's path; a tar is a folder (see `pipeline.stages.container.member_uri`)."""
+    """A file's path; a tar is a folder (see `pipeline.stages.files.member_uri`)."""
     return PurePosixPath(re.sub(r"\.tar#\d+\+\d+#", "/", uri))
 
 

@@ -236,6 +236,7 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", use_safetensors=True)
     except ImportError as error:
         raise ValueError(f"model={model!r} needs packages: pip install 'kinoray[vlm]' ({error})") from error
-    except OSError as error:
-        raise ValueError(f"model={model!r}: cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = one_line(str(error))[:_MESSAGE_CHARACTERS]
+        raise ValueError(f"model={model!r}: cannot be loaded: {reason}") from error
     return processor, loaded.to(device).eval()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import av
-import fsspec
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import ClipRejected, RejectReason
+from pipeline.stages.files import File, suffix
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
@@ -40,108 +36,10 @@ _HARMLESS = ("chapter track",)
 
 PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273: more light than 8 bits of RGB hold
 
-_MEMBER = re.compile(r"(?P<tar>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)#.+", re.DOTALL)
-
-File = str | BinaryIO
-COPY_BYTES = 16 << 20  # fetched at a time of a remote file that is needed whole
-RANGE_BYTES = 1 << 20  # of one that is read in parts
-
-
-def suffix(uri: str) -> str:
-    """The file's extension, in small letters with its dot."""
-    return PurePosixPath(uri).suffix.lower()
-
 
 def is_image(uri: str) -> bool:
     """Whether the file is a still picture, by its name."""
     return suffix(uri) in IMAGE_SUFFIXES
-
-
-def member_uri(tar: str, offset_bytes: int, size_bytes: int, name: str) -> str:
-    """How a file that lies in a tar is called: `open_file` reads it in place."""
-    return f"{tar}#{offset_bytes}+{size_bytes}#{name}"
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, offset_bytes: int, size_bytes: int) -> None:
-        self._file, self._offset, self._size, self._place = file, offset_bytes, size_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._place)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._place)))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-
-@contextlib.contextmanager
-def open_file(uri: str, block_bytes: int = RANGE_BYTES) -> Iterator[File]:
-    """A local file's path, or a remote file or a tar's member that is read by ranges, as a decoder seeks.
-
-    Args:
-        uri: path or fsspec URL.
-        block_bytes: of a remote file, fetched at a time; some blocks are kept.
-
-    Raises:
-        ClipRejected: UNREADABLE, the remote file cannot be fetched.
-    """
-    member = _MEMBER.fullmatch(uri)
-    if "://" not in uri and not member:
-        yield uri
-        return
-    try:
-        fs, path = fsspec.core.url_to_fs(member["tar"] if member else uri)
-        with fs.open(path, "rb", block_size=block_bytes, cache_type="blockcache") as remote:
-            if member:
-                yield io.BufferedReader(_Slice(remote, int(member["offset"]), int(member["size"])))
-            else:
-                yield remote
-    except ClipRejected:
-        raise
-    except Exception as error:
-        if _is_remote_error(error):
-            raise ClipRejected(RejectReason.UNREADABLE, f"{type(error).__name__}: {error}") from error
-        raise
-
-
-def _is_remote_error(error: Exception) -> bool:
-    """Whether a file system raised it: an OSError, or what an SDK that this module does not know has for that."""
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
-        "botocore",
-        "aiohttp",
-        "google",
-        "gcsfs",
-    )
-
-
-@contextlib.contextmanager
-def local_copy(uri: str) -> Iterator[str]:
-    """The path of a local file, or of a temporary copy of a remote one, for readers that need all of it.
-
-    Raises:
-        ClipRejected: UNREADABLE, the remote file cannot be fetched.
-    """
-    with open_file(uri, COPY_BYTES) as file, contextlib.ExitStack() as stack:
-        if not isinstance(file, str):
-            copy = stack.enter_context(tempfile.NamedTemporaryFile(suffix=suffix(uri)))
-            shutil.copyfileobj(file, copy, COPY_BYTES)
-            copy.flush()
-        yield file if isinstance(file, str) else copy.name
 
 
 @contextlib.contextmanager

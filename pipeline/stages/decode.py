@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import container as media
-from pipeline.stages import decode_indexed, decode_pyav
+from pipeline.stages import decode_indexed, decode_pyav, files
 from pipeline.stages.window import Clip, Window
 
 READERS: dict[str, Callable[[str, Window], Clip]] = {
@@ -84,6 +84,6 @@ def _read_any(uri: str, window: Window) -> Clip:
 
 
 def _read_image(uri: str, window: Window) -> Clip:
-    with media.open_file(uri) as file, media.open_image(file) as image:
+    with files.open_file(uri) as file, media.open_image(file) as image:
         frame = decode_indexed.resize(np.asarray(media.upright(image)), window.size)
     return Clip(frame[None], np.zeros(1), "image")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import container as media
+from pipeline.stages import files
 from pipeline.stages.packets import walk_through
 from pipeline.stages.window import TIME_TOLERANCE_S, Clip, Times, Video, Window, empty_video
 
@@ -67,7 +68,7 @@ def _decord(path: str, start_s: float, chunks: Iterator[Indices]) -> Iterator[Ch
 
 
 def _read(uri: str, window: Window, backend: str, decoder: Decoder) -> Clip:
-    with media.local_copy(uri) as path:
+    with files.local_copy(uri) as path:
         with media.open_video(path) as (container, stream):  # the allow-list of formats, which the others do not have
             walk = walk_through(container, stream)
             times_s, start_s = np.array(walk.times_s), media.start_s(stream)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import container as media
+from pipeline.stages import files
 from pipeline.stages.packets import from_keyframe, in_order, presentation
 from pipeline.stages.window import Clip, Video, Window, empty_video
 
@@ -35,7 +36,7 @@ def read(uri: str, window: Window) -> Clip:
     Raises:
         ClipRejected: the file cannot be opened, or does not hold undamaged frames for the whole window.
     """
-    with media.open_file(uri) as file:
+    with files.open_file(uri) as file:
         clip = _read_from(file, window, seek=True)
         if clip is None:  # the file's index is wrong: from the begin
             clip = _read_from(file, window, seek=False)
@@ -43,7 +44,7 @@ def read(uri: str, window: Window) -> Clip:
         return clip
 
 
-def _read_from(file: media.File, window: Window, seek: bool) -> Clip | None:
+def _read_from(file: files.File, window: Window, seek: bool) -> Clip | None:
     """The clip, or None where the seek landed behind the window's first frame."""
     with media.open_video(file, quick=True) as (container, stream), media.no_concealed_damage():
         seek = seek and window.start_s > media.start_s(stream)

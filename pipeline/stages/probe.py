@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import container as media
+from pipeline.stages import files
 from pipeline.stages.packets import walk_through
 
 
@@ -49,7 +50,7 @@ def inspect(uri: str) -> Probe:
         ClipRejected: UNREADABLE, NOT_VIDEO, HDR, NO_FRAMES, BAD_TIMES, or WRONG_FRAMES where frames are missing that
             the header announces or FFmpeg reports damage.
     """
-    with media.local_copy(uri) as path:
+    with files.local_copy(uri) as path:
         try:
             with Path(path).open("rb") as content:
                 source_id = hashlib.file_digest(content, "sha256").hexdigest()[:16]
