@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import operator
 import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -16,6 +18,8 @@ from pipeline import previous as earlier
 from pipeline.errors import ClipRejected
 from pipeline.source_rows import SourceConfig, SourceRow
 from pipeline.stages import caption, filters, guard, probe, scenes, score, split
+from pipeline.stages.caption import CaptionConfig, caption_rows
+from pipeline.stages.captioners import load_captioner
 from pipeline.stages.filters import FilterConfig
 from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.reader import ClipReader
@@ -49,7 +53,7 @@ class CurateConfig:
         max_side_px: largest height or width; larger pictures are scaled down.
         max_pixels_px: largest height * width.
         stride_px: heights and widths become multiples of this: the VAE's stride times the transformer's patch.
-        caption_fallback: what stands in for a missing caption: "filename", "empty" or "reject".
+        caption: what stands in for a missing caption.
         max_source_pixels_px: larger files are rejected, not scaled: their frames would fill the memory.
         max_source_duration_s: longer files are rejected.
         scene_threshold: no clip crosses a cut, a frame that changes so many times as much as its neighbours; lower
@@ -76,7 +80,7 @@ class CurateConfig:
     max_side_px: int = 96
     max_pixels_px: int = 96 * 96
     stride_px: int = 16
-    caption_fallback: str = "filename"
+    caption: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
     max_source_pixels_px: int = 4096 * 4096
     max_source_duration_s: float = 4 * 3600.0
     scene_threshold: float | None = 3.0
@@ -108,8 +112,6 @@ class CurateConfig:
         if self.max_side_px < self.stride_px or self.max_pixels_px < self.stride_px**2:
             limits = f"max_side_px={self.max_side_px}, max_pixels_px={self.max_pixels_px}"
             raise ValueError(f"{limits}: must have room for a square of stride_px={self.stride_px}")
-        if self.caption_fallback not in caption.FALLBACKS:
-            raise ValueError(f"caption_fallback={self.caption_fallback!r}: must be one of {caption.FALLBACKS}")
         if self.scene_threshold is not None and not self.scene_threshold > 1:
             raise ValueError(f"scene_threshold={self.scene_threshold}: must be above 1, or None")
         if self.near_duplicate_bits is not None:
@@ -187,15 +189,26 @@ class CurateSources:
 
     def __init__(self, config: CurateConfig, folder: str) -> None:
         self._folder = folder
-        self._stages = curate_stages(config, ClipReader(timeout_s=config.timeout_s))
+        self._caption = config.caption
+        self._reader = ClipReader(timeout_s=config.timeout_s)
+        self._stages = curate_stages(config, self._reader)
+        self._captioner = load_captioner(config.caption) if config.caption.needs_frames else None
 
     def __call__(self, sources: pa.Table, attempt: tasks.Attempt) -> tasks.Record:
         """The record of the task; columns of `_SOURCES` in."""
+        rows = [row for source in sources.to_pylist() for row in self._curate(source, attempt)]
+        if self._captioner is not None:
+            rows = caption_rows(
+                rows,
+                read=self._reader.read,
+                captioner=self._captioner,
+                num_concurrent=self._caption.num_concurrent if self._caption.url else 1,  # a model takes one at a time
+            )
         outcomes, num_lost = [], 0
-        for source in sources.to_pylist():
-            rows = self._curate(source, attempt)
-            num_lost += all(row["reject_reason"] for row in rows)
-            outcomes += [_outcome(row, number) for number, row in enumerate(rows)]
+        for _, group in itertools.groupby(rows, key=operator.itemgetter("source_index")):
+            of_one = list(group)
+            num_lost += all(row["reject_reason"] for row in of_one)
+            outcomes += [_outcome(row, number) for number, row in enumerate(of_one)]
         name = store.write_shard(self._folder, "outcomes", outcomes)
         return {"files": {"outcomes": name}, "num_rows": sources.num_rows, "num_rejects": num_lost}
 
@@ -223,7 +236,7 @@ def curate_stages(config: CurateConfig, reader: ClipReader) -> list[tuple[str, g
             {"inspect": reader.probe, **_fields(config, "max_source_pixels_px", "max_source_duration_s")},
         ),
         ("filter", filters.check_source, {"config": config.filters}),
-        ("caption", caption.caption, {"fallback": config.caption_fallback}),
+        ("caption", caption.caption, _fields(config.caption, "fallback", "template", "recaption")),
         ("resize", split.resize, _fields(config, "max_side_px", "max_pixels_px", "stride_px")),
         ("scenes", scenes.find_cuts, {"read": reader.read, "threshold": config.scene_threshold}),
         ("split", split.split, _fields(config, "fps", "max_frames", "min_frames", "stride_frames", "hop_frames")),
@@ -237,5 +250,5 @@ def curate_stages(config: CurateConfig, reader: ClipReader) -> list[tuple[str, g
     return [(name, functools.partial(stage, **settings)) for name, stage, settings in stages]
 
 
-def _fields(config: CurateConfig, *names: str) -> dict[str, Any]:
+def _fields(config: CurateConfig | CaptionConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}

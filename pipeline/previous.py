@@ -21,6 +21,7 @@ BY_CHANCE = (
     RejectReason.TIMEOUT,
     RejectReason.CRASHED,
     RejectReason.QUARANTINED,
+    RejectReason.CAPTION_FAILED,
 )
 _ROWS_PER_FILE = 4096
 

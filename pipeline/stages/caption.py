@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from pipeline.errors import ClipRejected, RejectReason
 from pipeline.stages import guard
 from pipeline.stages.caption_answer import Answer, accept
+from pipeline.stages.files import host_file
 from pipeline.stages.probe import Probe
 from pipeline.stages.window import Clip, Video
 
@@ -168,8 +169,9 @@ def filename_words(uri: str) -> str:
 
 
 def _path(uri: str) -> PurePosixPath:
-    """A file's path; a tar is a folder (see `pipeline.stages.files.member_uri`)."""
-    return PurePosixPath(re.sub(r"\.tar#\d+\+\d+#", "/", uri))
+    """A file's path; a tar or a Parquet file is a folder."""
+    host = host_file(uri)
+    return PurePosixPath(uri) if host == uri else PurePosixPath(host).with_suffix("") / uri.rsplit("#", 1)[1]
 
 
 def _words(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from pipeline.stages.score import LUMA_BT709
+from pipeline.stages.score import luma_of
 from pipeline.stages.window import Video
 
 NUM_FRAMES = 4
@@ -23,7 +23,7 @@ def fingerprint(video_u8: Video) -> bytes | None:
     chosen = np.linspace(0, len(video_u8) - 1, NUM_FRAMES).round().astype(int)
     bits = []
     for frame in video_u8[chosen]:
-        luma = frame.astype(np.float32) @ LUMA_BT709
+        luma = luma_of(frame)
         if luma.std() < _FLAT:
             return None
         small = cv2.resize(luma, (_SIDE_PX, _SIDE_PX), interpolation=cv2.INTER_AREA)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.stages.window import Clip, Video
 
-LUMA_BT709 = np.array([0.2126, 0.7152, 0.0722], np.float32)
+LUMA_BT709 = (0.2126, 0.7152, 0.0722)
 FLOW_SHORT_SIDE_PX = 96
 
 
@@ -46,7 +46,7 @@ def measure(video_u8: Video, fps: float) -> dict[str, float]:
         motion: mean length of the optical flow (DIS: Kroeger et al. 2016), in shorter sides a second; 0 for a frozen
             video. Not for a single frame.
     """
-    luma = video_u8.astype(np.float32) @ LUMA_BT709
+    luma = luma_of(video_u8)
     three = luma[[0, len(luma) // 2, len(luma) - 1]]
     scores = {
         "luma": float(luma.mean()) / 255,
@@ -56,6 +56,11 @@ def measure(video_u8: Video, fps: float) -> dict[str, float]:
     if len(luma) > 1:
         scores["motion"] = _motion(luma) * fps
     return scores
+
+
+def luma_of(pictures_u8: Video) -> NDArray[np.float32]:
+    """Luma (... h w), 0 to 255, of pictures (... h w 3)."""
+    return pictures_u8.astype(np.float32) @ np.array(LUMA_BT709, np.float32)
 
 
 def _motion(luma: NDArray[np.float32]) -> float:

@@ -12,7 +12,9 @@ import pytest
 from pipeline import media
 from pipeline.curate import CurateConfig, curate
 from pipeline.errors import SourceError, TooManyRejectsError
+from pipeline.stages.caption import CaptionConfig
 from pipeline.stages.filters import FilterConfig
+from tests.pipeline.fake_endpoint import completion, endpoint
 from tests.pipeline.test_decode import audio_only, moving, png_bytes
 from tests.pipeline.test_near_duplicates import scene
 
@@ -90,6 +92,26 @@ def test_cuts_scores_filters_and_near_copies(ray_cluster, tmp_path):
     assert rejects[0]["detail"].endswith("a.mp4 at 2.125 s")
 
 
+def test_missing_captions_are_asked_for_clip_by_clip(ray_cluster, tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(media.encode_mp4(moving(45), 8))
+    (source / "b.mp4").write_bytes(media.encode_mp4(moving(17), 8))
+    (source / "b.txt").write_text("a given caption")
+    with endpoint(completion("A grey ramp grows brighter.")) as server:
+        asked = CaptionConfig(fallback="endpoint", url=server.url, model="seer", num_frames=3, num_tries=1)
+        config = dataclasses.replace(CONFIG, caption=asked, max_reject_fraction=0.9)
+        clips = curate(config, str(source), str(tmp_path / "out")).read("clips").to_pylist()
+        assert [clip["caption"] for clip in clips] == ["A grey ramp grows brighter."] * 2 + ["a given caption"]
+        assert [clip["lineage"]["caption_source"] for clip in clips] == ["endpoint:seer"] * 2 + ["sidecar"]
+        assert len(server.requests) == 2
+        assert len(server.requests[0][2]["messages"][0]["content"]) == 4  # three frames and the question
+        server.replies[:] = [(400, {}, b"no")]
+        (source / "c.mp4").write_bytes(media.encode_mp4(moving(17, 48, 96), 8))
+        rejects = curate(config, str(source), str(tmp_path / "out")).read("rejects").to_pylist()
+    assert [(reject["stage"], reject["reason"]) for reject in rejects] == [("caption_clip", "caption_failed")] * 3
+
+
 def test_too_many_rejects_publish_nothing(ray_cluster, folder, tmp_path):
     manifest = tmp_path / "list.jsonl"
     rows = [{"video": str(folder / "b.mp4")}, {"caption": "no file"}, {"video": "missing.mp4"}]
@@ -113,7 +135,6 @@ def test_no_source_is_an_error_before_the_cluster(tmp_path):
         {"max_frames": 32},
         {"min_frames": 34},
         {"max_side_px": 8},
-        {"caption_fallback": "guess"},
         {"max_reject_fraction": 2.0},
         {"num_actors": 0},
         {"hop_frames": 0},

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: of a worker, of the driver, of the whole cluster. Nothing is lost, nothing is doubled.
 
-KINORAY_KILLS is the number of kills of each kind (default 2), KINORAY_KILLED_FILES that of the source's files (40).
+KINORAY_KILLS is the number of kills of each kind (default 1), KINORAY_KILLED_FILES that of the source's files (24).
 """
 
 import collections
@@ -23,8 +23,8 @@ from tests.pipeline.clip_files import moving
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.vae import VideoVAE, VideoVAEConfig
 
-NUM_KILLS = int(os.environ.get("KINORAY_KILLS", "2"))
-NUM_FILES = int(os.environ.get("KINORAY_KILLED_FILES", "40"))
+NUM_KILLS = int(os.environ.get("KINORAY_KILLS", "1"))
+NUM_FILES = int(os.environ.get("KINORAY_KILLED_FILES", "24"))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def run_with_kills(kind, source, storage, model):
     """Kill as often as asked, at moments spread over the job's tasks; the digests of the run that ends."""
     chance = random.Random(kind)
     num_tasks = len(Path(source).parent.joinpath("tasks").read_text().split())
-    moments = collections.deque(sorted(chance.sample(range(num_tasks), NUM_KILLS)))
+    moments = collections.deque(sorted(chance.sample(range(num_tasks - 4), NUM_KILLS)))
     job, num_kills = Job(source, storage, model), 0
     while job.process.poll() is None:
         time.sleep(0.02)
@@ -130,7 +130,7 @@ def run_with_kills(kind, source, storage, model):
                     job = Job(source, storage, model)
     sys.stdout.write(f"{num_kills} kills of a {kind}\n")
     assert job.process.returncode == 0
-    assert num_kills >= NUM_KILLS - 1
+    assert num_kills >= max(1, NUM_KILLS - 1)  # the last moment may come too late
     return job.end()
 
 
