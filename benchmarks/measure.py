@@ -92,7 +92,8 @@ def write_result(name: str, figures: Mapping[str, object]) -> Path:
     """`results/<name>.json` with date and machine."""
     file = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)
-    result = {"date": datetime.date.today().isoformat(), "machine": machine(), **figures}
+    today = {"date": datetime.date.today().isoformat(), "machine": machine()}
+    result = {**today, **figures, **today}  # figures may be an older file's, some of them new
     file.write_text(json.dumps(result, indent=2) + "\n")
     return file
 
