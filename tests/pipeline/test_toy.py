@@ -182,6 +182,15 @@ def test_evaluation_prompts_are_held_out_and_even():
     assert len(toy.evaluation_prompts(250, seed=0)) == 250
 
 
+def test_the_same_video_is_the_same_file():
+    clip, junk, files = toy.toy_clip(toy.ToyConfig(num_clips=150, seed=7), 149), [], set()
+    for number in range(40):  # whatever lies about in memory
+        junk.append(np.full(3000 * (number % 7 + 1), 37 * number % 256, np.uint8))
+        del junk[: number % 3 == 0]
+        files.add(media.encode_mp4(clip.video_u8, toy.FPS))
+    assert len(files) == 1
+
+
 def test_ray_writes_each_clip_and_caption_once(ray_cluster, tmp_path):
     config = toy.ToyConfig(num_clips=150, seed=7)
     manifest = toy.make_toy_clips(config, str(tmp_path))
