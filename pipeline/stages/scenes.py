@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,10 @@ from pipeline.stages.window import Clip
 
 SHORT_SIDE_PX = 72  # a cut is seen in a thumbnail
 SAME_FRAME = 0.3  # mean difference, of 255
+MAX_REPEATS = 3  # of a picture in an animation: on fours
+NUM_NEIGHBOURS = 2  # on either side of a frame, that it is compared with
+
+Frame = NDArray[np.uint8]
 CHUNK_BYTES = 64 << 20  # frames in memory at a time
 
 
@@ -38,10 +43,10 @@ def find_cuts(row: dict[str, Any], *, read: Callable[..., Clip], threshold: floa
     facts: Probe = row["probe"]
     if threshold is None or not facts.fps:
         return {**row, "cuts_s": []}
-    detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1)
+    detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=NUM_NEIGHBOURS)
     times_s: list[float] = []
     cuts = []
-    for frame, time_s in _changes(_chunks(row, facts, read)):
+    for frame, time_s in _with_neighbours(_moving_or_still(_chunks(row, facts, read))):
         # Counted, not timed: what is compared are frames, whatever their rate.
         number = FrameTimecode(len(times_s), fps=facts.fps)
         times_s.append(time_s)
@@ -49,14 +54,32 @@ def find_cuts(row: dict[str, Any], *, read: Callable[..., Clip], threshold: floa
     return {**row, "cuts_s": [times_s[cut.frame_num] for cut in cuts]}
 
 
-def _changes(clips: Iterator[Clip]) -> Iterator[tuple[NDArray[np.uint8], float]]:
-    """Frames and times without repeated frames: beside those, any motion of a slow animation would look like a cut."""
-    last = None
+def _moving_or_still(clips: Iterator[Clip]) -> Iterator[tuple[Frame, float]]:
+    """Frames and times without the repeats of a slow animation, beside which any motion would look like a cut.
+
+    What repeats more often stands still: then it is shown, or a cut between two pictures had no neighbours.
+    """
+    last, num_repeats = None, 0
     for clip in clips:
         for frame, time_s in zip(clip.video_u8, clip.times_s.tolist(), strict=True):
-            if last is None or cv2.absdiff(frame, last).mean() > SAME_FRAME:
+            is_repeat = last is not None and cv2.absdiff(frame, last).mean() <= SAME_FRAME
+            num_repeats = num_repeats + 1 if is_repeat else 0
+            if not 0 < num_repeats <= MAX_REPEATS:
                 yield frame, time_s
             last = frame
+
+
+def _with_neighbours(frames: Iterator[tuple[Frame, float]]) -> Iterator[tuple[Frame, float]]:
+    """The frames, with the first and the last repeated: the detector judges those that have neighbours.
+
+    Fast motion in the first two frames may then pass for a cut, which costs these; to miss a cut there costs more.
+    """
+    last = None
+    for frame in frames:
+        yield from itertools.repeat(frame, 1 if last else 1 + NUM_NEIGHBOURS)
+        last = frame
+    if last:
+        yield from itertools.repeat(last, NUM_NEIGHBOURS)
 
 
 def _chunks(row: dict[str, Any], facts: Probe, read: Callable[..., Clip]) -> Iterator[Clip]:

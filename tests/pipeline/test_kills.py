@@ -16,12 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from pipeline import media, store
 from tests.pipeline.clip_files import moving
-from video_dit.text import HashedWordConfig, HashedWordEncoder
-from video_dit.vae import VideoVAE, VideoVAEConfig
+from tests.pipeline.test_encode import model  # noqa: F401 - a fixture
 
 NUM_KILLS = int(os.environ.get("KINORAY_KILLS", "1"))
 NUM_FILES = int(os.environ.get("KINORAY_KILLED_FILES", "24"))
@@ -42,27 +40,11 @@ def source(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A published model folder with a small VAE of random weights."""
-
-    def produce(folder):
-        torch.manual_seed(0)
-        sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": (1, 1, 2, 2), "num_res_blocks": 1}
-        VideoVAE(VideoVAEConfig(**sizes, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)).save_pretrained(
-            store.join(folder, "model")
-        )
-        HashedWordEncoder(HashedWordConfig(dim=24, position_dim=8)).save_pretrained(store.join(folder, "model"))
-        return store.Produced(counts={})
-
-    return store.publish_once(str(tmp_path_factory.mktemp("models")), "train_vae", "small", {}, [], produce)
-
-
 class Job:
     """The hops as a process with a local cluster of its own."""
 
-    def __init__(self, source, storage, model):
-        command = [sys.executable, "-m", "tests.pipeline.hops", str(source), str(storage), model.uri]
+    def __init__(self, source, storage, model_uri):
+        command = [sys.executable, "-m", "tests.pipeline.hops", str(source), str(storage), model_uri]
         home = storage.parent / "home"
         home.mkdir(exist_ok=True)
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(home)}
@@ -112,12 +94,12 @@ def name_of(process):
     return ""
 
 
-def run_with_kills(kind, source, storage, model):
+def run_with_kills(kind, source, storage, model_uri):
     """Kill as often as asked, at moments spread over the job's tasks; the digests of the run that ends."""
     chance = random.Random(kind)
     num_tasks = len(Path(source).parent.joinpath("tasks").read_text().split())
     moments = collections.deque(sorted(chance.sample(range(num_tasks - 4), NUM_KILLS)))
-    job, num_kills = Job(source, storage, model), 0
+    job, num_kills = Job(source, storage, model_uri), 0
     while job.process.poll() is None:
         time.sleep(0.02)
         job.family()
@@ -127,7 +109,7 @@ def run_with_kills(kind, source, storage, model):
                 moments.popleft()
                 num_kills += 1
                 if kind != "worker":
-                    job = Job(source, storage, model)
+                    job = Job(source, storage, model_uri)
     sys.stdout.write(f"{num_kills} kills of a {kind}\n")
     assert job.process.returncode == 0
     assert num_kills >= max(1, NUM_KILLS - 1)  # the last moment may come too late
@@ -135,9 +117,9 @@ def run_with_kills(kind, source, storage, model):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, model, tmp_path_factory):
+def undisturbed(source, model, tmp_path_factory):  # noqa: F811
     storage = tmp_path_factory.mktemp("undisturbed") / "runs"
-    job = Job(source, storage, model)
+    job = Job(source, storage, model.uri)
     digests = job.end()
     assert job.process.returncode == 0
     source.parent.joinpath("tasks").write_text("\n".join(map(str, storage.glob("*/*/tasks/*.json"))))
@@ -145,9 +127,9 @@ def undisturbed(source, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["worker", "driver", "cluster"])
-def test_killed_at_any_moment_the_result_is_the_same(kind, source, model, undisturbed, tmp_path):
+def test_killed_at_any_moment_the_result_is_the_same(kind, source, model, undisturbed, tmp_path):  # noqa: F811
     storage = tmp_path / "runs"
-    assert run_with_kills(kind, source, storage, model) == undisturbed
+    assert run_with_kills(kind, source, storage, model.uri) == undisturbed
     (clips,), (latents,) = (
         [store.Manifest.load(str(path.parent)) for path in storage.glob(f"{verb}/*/manifest.json")]
         for verb in ("curate", "encode")

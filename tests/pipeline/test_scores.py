@@ -51,6 +51,14 @@ def test_animation_on_threes_has_no_cuts(tmp_path):
     assert cuts_of(source(tmp_path, twice, fps=24)) == pytest.approx([27 / 24])
 
 
+def test_cuts_between_still_pictures_and_near_the_ends(tmp_path):
+    slides = np.concatenate([np.repeat(scene(seed)[:1], 10, axis=0) for seed in (1, 2, 3)])
+    assert cuts_of(source(tmp_path, slides)) == pytest.approx([10 / 8, 20 / 8])
+    for first in (1, 2, 20, 21):  # of 22 frames
+        video = np.concatenate([scene(1, first), scene(2, 22 - first)])
+        assert cuts_of(source(tmp_path, video)) == pytest.approx([first / 8])
+
+
 def test_no_window_crosses_a_cut(tmp_path):
     video = np.concatenate([scene(1, 23), scene(2, 4), scene(3, 40)])
     row = scenes.find_cuts(source(tmp_path, video), read=read_clip, threshold=3.0)
