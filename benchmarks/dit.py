@@ -23,6 +23,7 @@ import torch
 from measure import gemm_ceiling, interleave, machine, peak_memory_bytes, ratio, write_result
 from torch import Tensor
 
+from video_dit.flops import TRAINING_FACTOR, forward_flops
 from video_dit.key_tables import DIFFUSERS_DIT, to_published
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, pack
@@ -171,18 +172,6 @@ def race_on_cpu(name: str, sizes: dict[str, int], rounds: int) -> dict[str, Any]
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-def forward_flops(config: VideoDiTConfig, packed: PackedBatch) -> float:
-    """Operations of the blocks: projections, MLP and both attentions; in training three times that."""
-    d, n, s = config.dim, packed.num_tokens, packed.text.shape[0]
-    linear = 2 * n * (6 * d**2 + 2 * d * config.ffn_dim) + 2 * s * 2 * d**2
-    pairs = sum(
-        run.repeats * run.q_length * run.k_length
-        for segments in (packed.self_segments, packed.cross_segments)
-        for run in segments.runs
-    )
-    return config.num_layers * (linear + 4 * pairs * d)
-
-
 def make_prepared(config: VideoDiTConfig, form: Checkpointing, is_compiled: bool, device: str) -> VideoDiT:
     """A bf16 model as `parallelize` would prepare it for one process."""
     with torch.device(device):
@@ -215,7 +204,7 @@ def measure_on_gpu(config: VideoDiTConfig, rounds: int, ceiling: float, device: 
         for is_compiled in (False, True):
             for form in ("none", "selective", "block"):
                 model = make_prepared(config, form, is_compiled, device)
-                for step, flops in ((forward, 1), (train, 3)):
+                for step, flops in ((forward, 1), (train, TRAINING_FACTOR)):
                     if step is forward and form != "none":
                         continue
                     label = f"{name}, {step.__name__}, checkpoint {form}{', compiled' * is_compiled}"
@@ -225,7 +214,7 @@ def measure_on_gpu(config: VideoDiTConfig, rounds: int, ceiling: float, device: 
                     except torch.OutOfMemoryError:
                         print(f"{label:55} does not fit")
                         continue
-                    rate = flops * forward_flops(config, packed) / statistics.median(times)
+                    rate = flops * forward_flops(config, packed.lengths, packed.text_lengths) / statistics.median(times)
                     memory = peak_memory_bytes(call)
                     print(
                         f"{label:55} {packed.num_tokens:6} tokens {statistics.median(times) * 1e3:9.1f} ms "

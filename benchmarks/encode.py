@@ -54,7 +54,9 @@ def main() -> None:
         if "overhead" in options.parts:
             figures["overhead"] = overhead(large_clips(folder, 500), model, folder, options.rounds)
         if "memory" in options.parts:
-            figures["memory"] = {num: run("2", small_clips(folder, num), model, folder).peak for num in (500, 5000)}
+            figures["memory"] = {
+                num: run("2", small_clips(folder, num), model, folder, with_memory=True).peak for num in (500, 5000)
+            }
         if "scaling" in options.parts:
             figures["scaling"] = scaling(model, folder)
     print(json.dumps(figures, indent=2))
@@ -160,11 +162,11 @@ class Run:
         cpu_s: from "begin" to "end".
         steady_cpu_s, steady_s: from the first finished task on.
         elapsed_s: from "begin" to "end".
-        peak: bytes by kind of process, the largest of a kind.
+        peak: bytes by kind of process, the largest of a kind; empty unless `with_memory`.
     """
 
-    def __init__(self, command: list[str], storage: str) -> None:
-        self._storage = Path(storage)
+    def __init__(self, command: list[str], storage: str, with_memory: bool) -> None:
+        self._storage, self._with_memory = Path(storage), with_memory
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -202,20 +204,25 @@ class Run:
             return
         for process in family:
             try:
-                times, name = process.cpu_times(), " ".join(process.cmdline())
-                used = process.memory_full_info().uss
+                times = process.cpu_times()
+                self._seen[process.pid] = times.user + times.system
+                if self._with_memory:
+                    self._look_at_memory(process, process == driver)
             except psutil.Error:
                 continue
-            self._seen[process.pid] = times.user + times.system
-            kind = next((kind for kind, part in KINDS.items() if part in name), "driver" if process == driver else "")
-            if kind:
-                self.peak[kind] = max(self.peak.get(kind, 0), used)
+
+    def _look_at_memory(self, process: psutil.Process, is_driver: bool) -> None:
+        """Costs those that are looked at some time: the system walks through all of their pages."""
+        name = " ".join(process.cmdline())
+        kind = next((kind for kind, part in KINDS.items() if part in name), "driver" if is_driver else "")
+        if kind:
+            self.peak[kind] = max(self.peak.get(kind, 0), process.memory_full_info().uss)
 
 
-def run(how: str, clips: store.Manifest, model: store.Manifest, folder: str) -> Run:
+def run(how: str, clips: store.Manifest, model: store.Manifest, folder: str, with_memory: bool = False) -> Run:
     """`work` in a new process."""
     with tempfile.TemporaryDirectory(dir=folder) as storage:
-        return Run([sys.executable, __file__, "--work", how, clips.uri, model.uri, storage], storage)
+        return Run([sys.executable, __file__, "--work", how, clips.uri, model.uri, storage], storage, with_memory)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

@@ -24,12 +24,14 @@ class Options:
         storage: folder or URL that all results go to.
         source: folder, bucket or manifest of videos; without it, the toy world is made.
         model: folder of a training run or of a model, to use instead of training one.
+        latents: what encode_clips printed, to use instead of encoding the source; several are data sets of a mixture.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     storage: str = "runs"
     source: str | None = None
     model: str | None = None
+    latents: tuple[str, ...] = ()
 
 
 def run(job: Callable[[Chain], store.Manifest], description: str | None, next_step: str) -> None:
@@ -43,7 +45,8 @@ def run(job: Callable[[Chain], store.Manifest], description: str | None, next_st
     options = parse(sys.argv[1:], description)
     with errors_in_one_line():
         cluster.connect()
-        chain = Chain(options.recipe, options.source, cluster.resolve_storage(options.storage), options.model)
+        storage = cluster.resolve_storage(options.storage)
+        chain = Chain(options.recipe, options.source, storage, options.model, options.latents)
         manifest = job(chain)
     print(f"next: {next_step.format(uri=manifest.uri)}")
     print(f"result: {manifest.uri}")
@@ -62,11 +65,17 @@ def errors_in_one_line() -> Iterator[None]:
 
 def parse(arguments: list[str], description: str | None) -> Options:
     """The options of a command line; its first word, if it is no flag, names a recipe."""
+    name, rest = recipe_name(arguments)
+    recipe = RECIPES[name]()
+    about = f"{description}\n\nRecipe {name} (of {', '.join(RECIPES)}): {RECIPES[name].__doc__}"
+    return tyro.cli(Options, default=Options(recipe=recipe), args=rest, description=about)
+
+
+def recipe_name(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe that a command line begins with, or the default one, and the rest of it."""
     name, rest = ("toy_cpu", arguments)
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
     if name not in RECIPES:
         sys.exit(f"error: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
-    about = f"{description}\n\nRecipe {name} (of {', '.join(RECIPES)}): {RECIPES[name].__doc__}"
-    return tyro.cli(Options, default=Options(recipe=recipe), args=rest, description=about)
+    return name, rest

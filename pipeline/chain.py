@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pipeline import console, report_page, store
 from pipeline.curate import CurateConfig, curate
@@ -13,10 +13,11 @@ from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
 from pipeline.given import GivenConfig
+from pipeline.models import Model, model_folder, open_model
 from pipeline.toy import ToyConfig, make_toy_clips
-from pipeline.train import Model, WorkersConfig, model_folder, open_model
+from pipeline.train import WorkersConfig
 from pipeline.train_classifier import TrainClassifierConfig, read_accuracy, train_classifier
-from pipeline.train_vae import TrainVaeConfig, train_vae
+from pipeline.train_vae import TrainVaeConfig, read_reconstruction, train_vae
 from pipeline.train_video import TrainVideoConfig, latents_of, train_video
 from video_dit.generator import GenerationRequest, read_limits
 
@@ -71,11 +72,14 @@ class Chain:
         source: folder, bucket or manifest of videos; None makes the toy world.
         storage: root of all results.
         model: a run's or a model's folder to use instead of training one.
+        latents: what `encode` published, to use instead of encoding the source; several are data sets of a mixture.
     """
 
-    def __init__(self, recipe: Recipe, source: str | None, storage: str, model: str | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, source: str | None, storage: str, model: str | None = None, latents: Sequence[str] = ()
+    ) -> None:
         self.recipe, self.source, self.storage = recipe, source, storage
-        self._given_model = model
+        self._given_model, self._given_latents = model, latents
 
     def toy_clips(self) -> store.Manifest:
         """The toy world's files."""
@@ -89,14 +93,24 @@ class Chain:
     def vae(self) -> store.Manifest:
         """The trained VAE."""
         clips = self.clips()
-        return self._hop("train VAE", lambda: train_vae(self.recipe.vae, self.recipe.workers, clips, self.storage))
+        run = self._hop("train VAE", lambda: train_vae(self.recipe.vae, self.recipe.workers, clips, self.storage))
+        console.reconstruction_table(read_reconstruction(run))
+        return run
 
-    def latents(self) -> store.Manifest:
-        """LATENTS of the clips."""
-        vae = self.vae()
-        (clips,) = (store.Manifest.load(parent["uri"]) for parent in vae.parents)
-        encoded = self._hop("encode", lambda: encode(self.recipe.encode, clips, vae, model_folder(vae), self.storage))
-        return self._with_page(encoded)
+    def latents(self) -> list[store.Manifest]:
+        """The given LATENTS, or those of the clips."""
+        return [store.Manifest.load(store.absolute(uri)) for uri in self._given_latents] or [self.encoded()]
+
+    def encoded(self) -> store.Manifest:
+        """LATENTS of the clips, by the VAE of the model that is trained further, or by one that is trained for them."""
+        if self.recipe.video.start:
+            start, clips = open_model(self.recipe.video.start), self.clips()
+            model, uri = start.as_parents[0], start.uri
+        else:
+            model = self.vae()
+            uri = model_folder(model)
+            (clips,) = (store.Manifest.load(parent["uri"]) for parent in model.parents)
+        return self._with_page(self._hop("encode", lambda: encode(self.recipe.encode, clips, model, uri, self.storage)))
 
     def classifier(self) -> store.Manifest:
         """The trained classifier of the toy world's attributes; begins with the model."""

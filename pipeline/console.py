@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import store
+
+if TYPE_CHECKING:
+    from pipeline.estimate import Estimate
 
 
 def hop_done(label: str, manifest: store.Manifest, elapsed_s: float) -> None:
@@ -46,6 +51,48 @@ def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> None:
     for name, row in accuracy.items():
         table.add_row(name, *(f"{100 * share:.1f} %" for share in row.values()))
     _console().print(table)
+
+
+def reconstruction_table(rows: Sequence[Mapping[str, float]]) -> None:
+    """Show what a VAE makes of clips, by their shape."""
+    table = Table(title="reconstruction of clips", title_justify="left")
+    for name in ("shape", "clips", "PSNR", "SSIM"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shape = f"{row['frames']:.0f}x{row['height_px']:.0f}x{row['width_px']:.0f}"
+        table.add_row(shape, f"{row['clips']:,.0f}", f"{row['psnr_db']:.1f} dB", f"{row['ssim']:.3f}")
+    _console().print(table)
+
+
+def estimate_card(found: Estimate, num_gpus: int, gpu: str, utilisation: float) -> None:
+    """Show what a training run will need."""
+    table = Table(title=f"training on {num_gpus} x {gpu}", title_justify="left", show_header=False)
+    for name, value in (
+        ("parameters", f"{found.num_parameters:,}"),
+        ("tokens per step", f"{found.tokens_per_step:,}"),
+        ("operations per step", f"{found.flops_per_step:.3g}"),
+        ("memory of a GPU", readable(found.memory_bytes)),
+        ("  weights, average, gradients, moments", readable(found.state_bytes)),
+        ("  gathered weights", readable(found.gathered_bytes)),
+        ("  activations of a pack", readable(found.activation_bytes)),
+        ("a checkpoint on disk", readable(found.checkpoint_bytes)),
+        *(
+            ()
+            if found.step_s is None or found.hours is None
+            else (
+                (f"a step, at {utilisation:.0%} of the peak", f"{found.step_s:.3g} s"),
+                (f"{found.num_steps:,} steps", f"{found.hours:,.2f} h"),
+            )
+        ),
+    ):
+        table.add_row(name, value)
+    _console().print(table)
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    power = min(4, int(math.log(max(num_bytes, 1), 1000)))
+    return f"{num_bytes / 1000**power:.1f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
 def say(text: str) -> None:

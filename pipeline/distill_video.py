@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline import store
+from pipeline.models import Model
 from pipeline.plan import Pack, PlanConfig
-from pipeline.train import Model, WorkersConfig, train
+from pipeline.train import WorkersConfig, train
 from pipeline.train_video import LatentTask, LatentTrainee, latents_of
 from video_dit import weights
 from video_dit.diffusion.distillation import (
@@ -70,7 +71,7 @@ def distill_video(
     dit: VideoDiTConfig = weights.read_config(VideoDiTConfig, teacher.uri, "transformer")
     config.distillation.blocks_of(dit.num_layers)
     task = DistillTask(
-        latents_uri=latents.uri,
+        latents_uris=tuple(manifest.uri for manifest in latents),
         dit=dit,
         diffusion=DiffusionConfig(**run.config["diffusion"]),
         plan=config.plan,
@@ -93,7 +94,7 @@ def distill_video(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillTask(LatentTask):
-    """See `pipeline.train.Task`."""
+    """See `pipeline.trainee.Task`."""
 
     teacher_uri: str
     distillation: DistillationConfig
@@ -113,7 +114,7 @@ class DistillTask(LatentTask):
 
 
 class DistillTrainee(LatentTrainee):
-    """See `pipeline.train.Trainee`."""
+    """See `pipeline.trainee.Trainee`."""
 
     def __init__(self, task: DistillTask) -> None:
         super().__init__(task)
@@ -125,11 +126,15 @@ class DistillTrainee(LatentTrainee):
     def load(self, step: int, pack: Pack) -> DistillationBatch:
         """Noised latents; noise and levels are keyed by (seed, step, clip)."""
         return distillation_batch(
-            **self.samples(step, pack),
+            **self.batch_of(step, pack),
             config=self.distillation,
             schedule=self.task.diffusion.schedule,
             patch=self.task.dit.patch,
         )
+
+    def flops(self, pack: Pack) -> float:
+        """Not counted: teacher, student and heads."""
+        return 0.0
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """The student's model folder, which tells how it is meant to be sampled."""

@@ -5,6 +5,9 @@ KinorayError                a user can act on it; the message names the field or
 ├── ManifestError           a folder is not what a hop published, or is not complete
 ├── TooManyRejectsError     a hop refused more rows than its config allows
 ├── TrainingDivergedError   a loss or gradient is not finite; the update was not made
+├── TrainingStoppedError    somebody stopped a training run; it goes on from a checkpoint
+├── RunBusyError            another process trains the same run
+├── RunTakenOverError       a newer attempt trains the same run; this one must not write any more
 └── ClipRejected            one row cannot be used; becomes a row of REJECTS, never a lost row
 """
 
@@ -18,6 +21,7 @@ class RejectReason(StrEnum):
     NOT_VIDEO = "not_video"  # opened, but no usable video stream (audio only, cover art, text)
     NO_FRAMES = "no_frames"  # a stream without a single decodable frame
     TOO_SHORT = "too_short"  # fewer frames, or seconds, than the policy asks for
+    TOO_LONG = "too_long"  # more tokens than a pack of the training plan holds
     TOO_SMALL = "too_small"  # a side below the model's stride, or the policy's limit
     TOO_LARGE = "too_large"  # pixels or frames above the decode limit
     HDR = "hdr"  # PQ or HLG transfer: not what 8 bits of RGB can hold
@@ -59,6 +63,18 @@ class TooManyRejectsError(KinorayError):
 
 class TrainingDivergedError(KinorayError):
     """A loss or gradient is not finite. The message carries the step and the sample ids."""
+
+
+class TrainingStoppedError(KinorayError):
+    """A training run was stopped on purpose, after a checkpoint."""
+
+
+class RunBusyError(KinorayError):
+    """Another process trains the same run."""
+
+
+class RunTakenOverError(KinorayError):
+    """A newer attempt trains the same run; this one must not write any more."""
 
 
 class ClipRejected(KinorayError):  # noqa: N818 - a verdict on one row, not a fault of the program

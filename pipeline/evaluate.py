@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import media, store, toy, toy_checker
 from pipeline.generate import GenerateConfig, Make, generate, write_contact_sheet
-from pipeline.train import Model, open_model
+from pipeline.models import Model, open_model
 from pipeline.train_classifier import caption_labels
 from video_dit import weights
 from video_dit.classifier import LatentClassifier, LatentClassifierConfig, sample_classes

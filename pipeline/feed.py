@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from pipeline import store
-from video_dit.random import keyed_normal
+from pipeline.mixture import Samples
+from video_dit.parallel.failpoints import reach
+from video_dit.random import keyed_normal, keyed_uniform
 from video_dit.shapes import LatentShape, Stride
 
 _LARGE = ("latents", "latents_std", "text")
+_INDEX = ["clip_id", "latents_shape", "text_shape", "caption", "fps"]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -61,30 +64,37 @@ class BoundedCache(Generic[Key, Value]):
 
 
 class LatentDataset:
-    """The LATENTS table of a manifest, read by row group when a sample is asked for.
+    """The LATENTS tables of some manifests, one behind the other, read by row group when a sample is asked for.
 
     Attributes:
-        clip_ids: of each sample, in the table's order.
+        clip_ids: of each sample, in the tables' order.
         captions: of each sample.
         shapes: latent frames, rows and columns of each sample.
+        text_lengths: text tokens of each sample.
+        data_sets: number of each sample's manifest.
         fps: the commonest rate of the clips.
     """
 
-    def __init__(self, manifest: store.Manifest, cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, *manifests: store.Manifest, cache_bytes: int = 1 << 30) -> None:
         self.clip_ids: list[str] = []
         self.captions: list[str] = []
         self.shapes: list[LatentShape] = []
+        self.text_lengths: list[int] = []
+        self.data_sets: list[int] = []
         self._places: list[tuple[int, int, int]] = []  # file, row group, row
         rates: Counter[float] = Counter()
-        self._files = [_open_parquet(store.join(manifest.uri, name)) for name in manifest.files["latents"]]
+        names = [(number, store.join(m.uri, name)) for number, m in enumerate(manifests) for name in m.files["latents"]]
+        self._files = [_open_parquet(url) for _, url in names]
         self._groups: BoundedCache[tuple[int, int], dict[str, list]] = BoundedCache(cache_bytes, _group_bytes)
         self._lock = threading.Lock()
         for number, file in enumerate(self._files):
             for group in range(file.num_row_groups):
-                index = file.read_row_group(group, columns=["clip_id", "latents_shape", "caption", "fps"]).to_pydict()
+                index = file.read_row_group(group, columns=_INDEX).to_pydict()
                 self.clip_ids += index["clip_id"]
                 self.captions += index["caption"]
                 self.shapes += [LatentShape(*shape[1:]) for shape in index["latents_shape"]]
+                self.text_lengths += [shape[0] for shape in index["text_shape"]]
+                self.data_sets += [names[number][0]] * len(index["clip_id"])
                 self._places += [(number, group, row) for row in range(len(index["clip_id"]))]
                 rates.update(index["fps"])
         self.fps = rates.most_common(1)[0][0]
@@ -92,9 +102,19 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def num_tokens(self, patch: Stride) -> list[int]:
-        """Tokens of each sample under a patch."""
-        return [shape.grid(patch).num_tokens for shape in self.shapes]
+    def samples(self, patch: Stride, held_out_share: float = 0.0) -> Samples:
+        """For a plan.
+
+        Args:
+            patch: of the tokens.
+            held_out_share: of the clips, chosen by their ids.
+        """
+        return Samples(
+            num_tokens=np.array([shape.grid(patch).num_tokens for shape in self.shapes], np.int64),
+            data_set=np.array(self.data_sets, np.int64),
+            is_image=np.array([shape.t == 1 for shape in self.shapes], bool),
+            is_held_out=np.array([is_held_out(clip_id, held_out_share) for clip_id in self.clip_ids], bool),
+        )
 
     def __getitem__(self, place: int) -> LatentSample:
         number, group, row = self._places[place]
@@ -108,6 +128,11 @@ class LatentDataset:
             _tensor(columns["text"][row], columns["text_shape"][row]),
             None if std is None else _tensor(std, shape),
         )
+
+
+def is_held_out(clip_id: str, share: float) -> bool:
+    """Whether a clip is measured, not trained on; a function of its id."""
+    return keyed_uniform("held out", clip_id) < share
 
 
 def _open_parquet(url: str) -> pq.ParquetFile:
@@ -140,6 +165,7 @@ def prefetch(values: Iterator[Value], depth: int = 2) -> Iterator[Timed[Value]]:
             try:
                 ready.put(item, timeout=0.1)
             except queue.Full:
+                reach("data_prefetch_full")
                 continue
             return True
         return False

@@ -14,8 +14,8 @@ import ray.data
 from torch import Tensor
 
 from pipeline import media, store
+from pipeline.models import Model
 from pipeline.request_files import from_json, to_json
-from pipeline.train import Model
 from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.generator import GenerationRequest, Generator, Limits, read_limits
 from video_dit.long_videos import check_windows, long_videos

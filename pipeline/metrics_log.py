@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -36,6 +37,13 @@ class MetricsLog:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+
+
+def log_scalars(folder: Path, group: str, step: int, values: Mapping[str, float]) -> None:
+    """Numbers of a step beside those of the steps themselves, as "group/name"."""
+    with SummaryWriter(str(folder)) as board:
+        for name, value in values.items():
+            board.add_scalar(f"{group}/{name}", value, step)
 
 
 def log_videos(folder: Path, step: int, videos_u8: dict[str, media.Frames], fps: float) -> None:

@@ -123,8 +123,11 @@ def _show_lines(metrics: Path, num_steps: int, label: str, stop: threading.Event
 
 
 def _figures(rows: list[dict[str, float]]) -> str:
-    tokens_per_s = _mean(rows, "num_tokens") / max(1e-9, _mean(rows, "step_s"))
-    return f"loss {_mean(rows, 'loss'):.4f}  {tokens_per_s:,.0f} tokens/s"
+    step_s = max(1e-9, _mean(rows, "step_s"))
+    text = f"loss {_mean(rows, 'loss'):.4f}  {_mean(rows, 'num_tokens') / step_s:,.0f} tokens/s"
+    if "mfu" in rows[-1]:
+        text += f"  {_mean(rows, 'mfu'):.0%} MFU"
+    return f"{text}  data wait {_mean(rows, 'data_wait_s') / step_s:.0%}"
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:

@@ -24,6 +24,7 @@ from pipeline import __version__, schema
 from pipeline.errors import ManifestError
 
 MANIFEST = "manifest.json"
+_END_BYTES = 1 << 20
 
 
 def absolute(url: str) -> str:
@@ -176,6 +177,25 @@ class Manifest:
                 f"{uri!r} holds no {MANIFEST}: give a folder that a job printed as its result"
             ) from None
         return cls(**{**fields, "uri": absolute(uri)})
+
+    @classmethod
+    def of_folder(cls, uri: str) -> Manifest:
+        """A folder that no hop published, such as a model from elsewhere, to be named as a parent.
+
+        Its hash tells the names and sizes of its files, and how each of them begins and ends.
+        """
+        fs, root = filesystem(absolute(uri))
+        files = []
+        for path in sorted(fs.find(root)):
+            size = fs.size(path)
+            ends = [fs.cat_file(path, start, start + _END_BYTES) for start in (0, max(0, size - _END_BYTES))]
+            files.append([path[len(root) :], size, *map(content_hash, ends)])
+        if not files:
+            raise ManifestError(f"{uri!r} holds no files")
+        name = root.rstrip("/").rsplit("/", 1)[-1]
+        nothing: dict[str, Any] = {"parents": [], "counts": {}, "files": {}, "config": {}}
+        digest = content_hash(files, length=12)
+        return cls(uri=absolute(uri), verb="folder", name=name, hash=digest, code_version=__version__, **nothing)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A whole table, shards in the manifest's order (rows sorted by the hop that wrote them)."""

@@ -1,34 +1,35 @@
 """A training run on Ray Train: one loop for every model, FSDP2 under it, resumable from its folder alone.
 
-A run's folder holds `run.json`, `checkpoints/step-N/` (sharded), `models/step-N/` (averaged weights),
+A run's folder holds `run.json`, `attempts/`, `checkpoints/step-N/` (sharded), `models/step-N/` (averaged weights),
 `metrics/` (train.jsonl and TensorBoard) and, when it is done, `manifest.json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-import uuid
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import ray.train
-import torch
-from ray.train.torch import TorchTrainer, get_device
-from torch import Tensor, nn
+from ray.train.torch import TorchTrainer
 
-from pipeline import media, progress, store
-from pipeline.errors import TrainingDivergedError
-from pipeline.feed import Timed, prefetch
-from pipeline.metrics_log import MetricsLog, log_videos
-from pipeline.plan import Pack, PlanConfig, iterate_steps, packs_of_rank
-from video_dit.parallel.apply import ParallelConfig, parallelize
-from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from video_dit.parallel.world import DistributedWorld
-from video_dit.train_step import LossFunction, MicroBatch, NotFiniteError, train_step
-from video_dit.training import OptimizerConfig, TrainState
+from pipeline import console, progress, store
+from pipeline.attempts import Attempts
+from pipeline.errors import TrainingDivergedError, TrainingStoppedError
+from pipeline.trackers import TrackerName
+from pipeline.train_worker import CHECKPOINTS, METRICS, STOP_FILE, WorkerConfig, train_worker
+from pipeline.trainee import Task
+from pipeline.validation import last_figures, start_validator, wait_for
+from video_dit.parallel.activation_checkpointing import Checkpointing
+from video_dit.parallel.checkpoint import committed
+from video_dit.parallel.context import ContextForm
+from video_dit.train_step import NotFiniteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,90 +38,53 @@ class WorkersConfig:
 
     Attributes:
         num_workers: processes that share each step.
+        min_workers: go on with as few as this when there are no more, and take others in when they come (elastic);
+            None waits for all.
         cpus_per_worker, gpus_per_worker: of each.
-        checkpoint_every: steps between checkpoints.
-        show_every: steps between model folders, each with videos to look at in TensorBoard; the last step has one too.
+        num_replicas: copies of the model, each sharded over as many processes (HSDP); 1 shards over all.
+        activation_checkpointing, compile, context_form: see `video_dit.parallel.apply.ParallelConfig`.
+        checkpoint_every: steps between checkpoints, which are written while training goes on.
+        checkpoints: folder or URL of the checkpoints, such as a bucket; None is the run's own folder.
         keep_checkpoints: how many are kept.
+        show_every: steps between model folders, each measured and with videos to look at in TensorBoard; the last step
+            has one too.
+        validation_cpus, validation_gpus: of the process that measures and makes those videos while training goes on.
+        trackers: services that get the metrics, too; those that fail are left alone.
         max_failures: how often a dead worker group is started again from the last checkpoint.
+        preemption_grace_s: how long a machine that is to go away is waited for, to save a checkpoint.
+        resize_every_s: how often an elastic run looks for more workers.
+        resume: what to do with an earlier attempt's checkpoints: go on from them if there are any ("auto"), refuse
+            to ("never"), or refuse to begin without ("must").
     """
 
     num_workers: int = 1
+    min_workers: int | None = None
     cpus_per_worker: float = 2
     gpus_per_worker: float = 0
+    num_replicas: int = 1
+    activation_checkpointing: Checkpointing = "none"
+    compile: bool = False
+    context_form: ContextForm = "auto"
     checkpoint_every: int = 200
-    show_every: int = 1000
+    checkpoints: str | None = None
     keep_checkpoints: int = 2
+    show_every: int = 1000
+    validation_cpus: float = 0
+    validation_gpus: float = 0
+    trackers: tuple[TrackerName, ...] = ()
     max_failures: int = 3
+    preemption_grace_s: float = 60.0
+    resize_every_s: float = 60.0
+    resume: Literal["auto", "never", "must"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_every", "show_every", "keep_checkpoints"):
+        for name in ("num_workers", "num_replicas", "checkpoint_every", "show_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-
-
-class Trainee(Protocol):
-    """A model with its data, inside a worker."""
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    @property
-    def loss_function(self) -> LossFunction:
-        """(model, inputs) -> loss summed over elements, or several by name."""
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of each sample, in the plan's tokens."""
-
-    def num_elements(self, step: int, pack: Pack) -> float:
-        """How many elements the loss of a pack is summed over in a step."""
-
-    def sample_ids(self, pack: Pack) -> tuple[str, ...]:
-        """Names of a pack's samples."""
-
-    def load(self, step: int, pack: Pack) -> Any:
-        """The loss function's inputs for a pack; a function of its arguments alone."""
-
-    def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
-        """Write a model folder from averaged weights; returns figures worth reporting. On one process only."""
-
-    def show(self, folder: str) -> tuple[dict[str, media.Frames], float]:
-        """Videos to look at, t h w 3 by tag, made with an exported folder, and their frames per second."""
-
-
-class Task(Protocol):
-    """What to train; small and picklable, it travels to the workers."""
-
-    @property
-    def plan(self) -> PlanConfig:
-        """Batches."""
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """Learning rate and length."""
-
-    def build(self) -> Trainee:
-        """Open the data and make the model; the same on every worker."""
-
-
-@runtime_checkable
-class HasParts(Protocol):
-    """A task whose model has submodules with optimizers of their own, such as a discriminator."""
-
-    @property
-    def part_optimizers(self) -> Mapping[str, OptimizerConfig]:
-        """By the submodule's name."""
-
-
-class StepBatch(NamedTuple):
-    """One rank's part of a step."""
-
-    step: int
-    micro_batches: list[MicroBatch]
-    num_elements: float  # of the whole step
-    num_tokens: int  # of the whole step
-    num_samples: int  # of the whole step
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers}: must be from 1 to num_workers={self.num_workers}, or None"
+            )
 
 
 def train(task: Task, workers: WorkersConfig, folder: str, label: str) -> store.Produced:
@@ -133,31 +97,74 @@ def train(task: Task, workers: WorkersConfig, folder: str, label: str) -> store.
         label: for the progress bar.
 
     Raises:
-        ValueError: the folder is not on a shared file system.
+        ValueError: the folder is not on a shared file system, or `resume` does not fit what is there.
+        RunBusyError: another process trains this run.
         TrainingDivergedError: a loss that is not finite; the message names step and samples.
+        TrainingStoppedError: SIGTERM; there is a checkpoint of the step that was reached.
     """
     root = store.local_path(folder, "a training run")
     root.mkdir(parents=True, exist_ok=True)
-    store.write_json(f"{folder}/run.json", {"task": dataclasses.asdict(task), "workers": dataclasses.asdict(workers)})  # type: ignore[call-overload]
-    trainer = TorchTrainer(
+    checkpoints = store.absolute(workers.checkpoints) if workers.checkpoints else str(root / CHECKPOINTS)
+    _check_resume(workers, checkpoints, label)
+    with Attempts(root).claim() as attempt:
+        run = {"task": dataclasses.asdict(task), "workers": dataclasses.asdict(workers)}  # type: ignore[call-overload]
+        store.write_json(f"{folder}/run.json", run)
+        worker = WorkerConfig(
+            task=task,
+            workers=dataclasses.asdict(workers),
+            folder=str(root),
+            checkpoints=checkpoints,
+            attempt=attempt,
+            validator=start_validator(task, root / METRICS, workers.validation_cpus, workers.validation_gpus),
+        )
+        trainer = _trainer(workers, worker, root / "ray_train", f"attempt-{attempt}")
+        watching = progress.watch(root / METRICS / "train.jsonl", task.optimizer.num_steps, label)
+        with watching, _stop_on_sigterm(root / STOP_FILE):
+            _fit(trainer)
+            if (root / STOP_FILE).exists():
+                raise TrainingStoppedError(f"{folder}: stopped, with a checkpoint; the same command goes on from there")
+    num_steps = task.optimizer.num_steps
+    wait_for(worker.validator.look.remote(str(root / "models" / f"step-{num_steps}"), num_steps))
+    result, data = (json.loads((root / METRICS / f"{name}.json").read_text()) for name in ("result", "data"))
+    return store.Produced(
+        counts={"step": num_steps, **data["counts"]},
+        files=data["files"],
+        measures={**result, **last_figures(root / METRICS, num_steps)},
+    )
+
+
+def _check_resume(workers: WorkersConfig, checkpoints: str, label: str) -> None:
+    newest = next(iter(committed(checkpoints)), None)
+    if newest is None:
+        if workers.resume == "must":
+            raise ValueError(f"resume='must': {checkpoints} holds no checkpoint; use 'auto' to begin a run")
+        return
+    if workers.resume == "never":
+        raise ValueError(
+            f"resume='never': {checkpoints} has a checkpoint of step {newest.step}; use 'auto' or delete it"
+        )
+    console.say(f"{label}: goes on from step {newest.step} of {checkpoints}")
+
+
+def _trainer(workers: WorkersConfig, worker: WorkerConfig, storage: Path, name: str) -> TorchTrainer:
+    smallest = workers.min_workers
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"task": task, "workers": workers, "folder": str(root)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers,
+        train_loop_config={"config": worker},
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # the types are those of Train's version 1
+            num_workers=workers.num_workers if smallest is None else (smallest, workers.num_workers),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker={"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
-            # A name of its own: Ray resumes a known name by itself, but this run's checkpoints decide.
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=str(root / "ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            name=name,  # of its own: Ray resumes a known name by itself, but this run's checkpoints decide
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=workers.max_failures, preemption_grace_s=workers.preemption_grace_s
+            ),
         ),
     )
-    with progress.watch(root / "metrics" / "train.jsonl", task.optimizer.num_steps, label):
-        _fit(trainer)
-    result = json.loads((root / "metrics" / "result.json").read_text())
-    return store.Produced(counts={"step": task.optimizer.num_steps}, measures=result)
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -170,118 +177,20 @@ def _fit(trainer: TorchTrainer) -> None:
         raise
 
 
-def model_folder(run: store.Manifest) -> str:
-    """The model folder that a finished run ends with."""
-    return store.join(run.uri, "models", f"step-{run.counts['step']}")
+@contextlib.contextmanager
+def _stop_on_sigterm(file: Path) -> Iterator[None]:
+    """While inside, SIGTERM asks the workers to save a checkpoint and return; a second one ends the process."""
+    file.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
+    def ask(*_: object) -> None:
+        file.touch()
+        signal.signal(signal.SIGTERM, before)
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model to sample from.
-
-    Attributes:
-        uri: its folder.
-        run: the training run it came from; None for a folder from elsewhere.
-    """
-
-    uri: str
-    run: store.Manifest | None
-
-    @property
-    def name(self) -> str:
-        """The run's folder, or the model's own."""
-        return (self.run.uri if self.run else self.uri).rsplit("/", 1)[-1]
-
-    @property
-    def parents(self) -> list[store.Manifest]:
-        """For the lineage of what is made with it."""
-        return [self.run] if self.run else []
-
-
-def open_model(url: str) -> Model:
-    """A model by the folder of its run, or by its own folder.
-
-    Raises:
-        ManifestError: neither is there.
-    """
-    uri = store.absolute(url).rstrip("/")
-    if not store.exists(store.join(uri, "model_index.json")):
-        run = store.Manifest.load(uri)
-        return Model(uri=model_folder(run), run=run)
-    folder = uri.rsplit("/", 2)[0]  # <run>/models/step-N
-    return Model(uri=uri, run=store.Manifest.load(folder) if store.exists(f"{folder}/{store.MANIFEST}") else None)
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What each worker of the group runs."""
-    task: Task = config["task"]
-    workers: WorkersConfig = config["workers"]
-    root = Path(config["folder"])
-    torch.manual_seed(task.plan.seed)  # equal initial weights on every rank
-    trainee = task.build()
-    device = get_device()
-    world = DistributedWorld(device.type)
-    model = parallelize(trainee.model.to(device), world.mesh, ParallelConfig())
-    state = TrainState(model, task.optimizer, world, task.part_optimizers if isinstance(task, HasParts) else None)
-    latest = latest_checkpoint(root / "checkpoints")
-    if latest:
-        load_checkpoint(latest, state)
-    log = MetricsLog(root / "metrics", start_step=state.step) if world.rank == 0 else None
-    batches = prefetch(_batches(task, trainee, world, state.step))
-    while state.step < task.optimizer.num_steps:
-        metrics = _train_on(state, next(batches), trainee.loss_function)
-        if log:
-            log.write(metrics)
-        is_last = state.step == task.optimizer.num_steps
-        if state.step % workers.checkpoint_every == 0 or is_last:
-            _checkpoint(state, world, root, workers, metrics)
-        if state.step % workers.show_every == 0 and not is_last:
-            _export(state, world, root, trainee)
-    _export(state, world, root, trainee)
-
-
-def _train_on(state: TrainState, batch: Timed[StepBatch], loss: LossFunction) -> dict[str, float]:
-    with progress.Stopwatch() as watch:
-        metrics = train_step(state, batch.value.micro_batches, loss, batch.value.num_elements)
-    return {
-        "step": batch.value.step,
-        **metrics,
-        "num_tokens": batch.value.num_tokens,
-        "num_samples": batch.value.num_samples,
-        "step_s": watch.elapsed_s + batch.wait_s,
-        "data_wait_s": batch.wait_s,
-    }
-
-
-def _batches(task: Task, trainee: Trainee, world: DistributedWorld, start: int) -> Iterator[StepBatch]:
-    for step, packs in iterate_steps(trainee.sizes, task.plan, start):
-        yield StepBatch(
-            step=step,
-            micro_batches=[
-                MicroBatch(inputs=trainee.load(step, pack), weight=weight, sample_ids=trainee.sample_ids(pack))
-                for pack, weight in packs_of_rank(packs, world.rank, world.size)
-            ],
-            num_elements=sum(trainee.num_elements(step, pack) for pack in packs),
-            num_tokens=sum(trainee.sizes[place] for pack in packs for place in pack),
-            num_samples=sum(len(pack) for pack in packs),
-        )
-
-
-def _checkpoint(
-    state: TrainState, world: DistributedWorld, root: Path, workers: WorkersConfig, metrics: dict[str, float]
-) -> None:
-    save_checkpoint(root / "checkpoints", state, world)
-    if world.rank == 0:
-        prune_checkpoints(root / "checkpoints", workers.keep_checkpoints)
-    ray.train.report(metrics)  # no checkpoint: Ray wants them in its own folder, the run's are found without it
-
-
-def _export(state: TrainState, world: DistributedWorld, root: Path, trainee: Trainee) -> None:
-    averaged = world.gather_state(state.ema)
-    if world.rank == 0:
-        folder = str(root / "models" / f"step-{state.step}")
-        figures = trainee.export(folder, averaged)
-        store.write_json(str(root / "metrics" / "result.json"), figures)
-        videos, fps = trainee.show(folder)
-        log_videos(root / "metrics", state.step, videos, fps)
-    world.barrier()
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline import store
-from pipeline.feed import LatentDataset
+from pipeline.feed import LatentDataset, is_held_out
 from pipeline.media import Frames
-from pipeline.plan import Pack, PlanConfig, plan_epoch
+from pipeline.models import Model, model_folder
+from pipeline.plan import Pack, Plan, PlanConfig
 from pipeline.toy_scenes import VALUES, parse_caption
-from pipeline.train import Model, WorkersConfig, model_folder, train
+from pipeline.train import WorkersConfig, train
 from video_dit import weights
 from video_dit.classifier import (
     TEXT_DIM,
@@ -26,7 +28,8 @@ from video_dit.classifier import (
 from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch
 from video_dit.model import VideoDiT
 from video_dit.packing import PackedBatch, pack
-from video_dit.random import keyed_normal, keyed_uniform
+from video_dit.parallel.apply import Precision
+from video_dit.random import keyed_normal
 from video_dit.training import OptimizerConfig
 
 MEASURED_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -64,7 +67,7 @@ class TrainClassifierConfig:
 def train_classifier(
     config: TrainClassifierConfig,
     workers: WorkersConfig,
-    latents: store.Manifest,
+    latents: Sequence[store.Manifest],
     storage: str,
     start: Model | None = None,
     name: str = "classifier",
@@ -76,7 +79,7 @@ def train_classifier(
     Args:
         config: decides the result.
         workers: resources; do not.
-        latents: what `encode` published.
+        latents: what `encode` published, one or several data sets.
         storage: root of all results; a file system that all workers share.
         start: a diffusion model of the same sizes to begin with: it knows what latents show; None begins at random.
         name: of the run.
@@ -86,20 +89,22 @@ def train_classifier(
             hold out, or workers that cannot share the storage.
     """
     _check_fits(config, latents)
-    task = ClassifierTask(latents_uri=latents.uri, config=config, start_uri=start.uri if start else None)
+    uris = tuple(manifest.uri for manifest in latents)
+    task = ClassifierTask(latents_uris=uris, config=config, start_uri=start.uri if start else None)
     task.new_model()  # fails here if the sizes do not fit
     return store.publish_once(
         storage,
         "train_classifier",
         name,
         {**dataclasses.asdict(config), "start": start.name if start else None},
-        [latents, *(start.parents if start else ())],
+        [*latents, *(start.parents if start else ())],
         lambda folder: train(task, workers, folder, "classifier"),
     )
 
 
-def _check_fits(config: TrainClassifierConfig, latents: store.Manifest) -> None:
-    rows = latents.read("latents", ["clip_id", "caption", "latents_shape"]).to_pydict()
+def _check_fits(config: TrainClassifierConfig, latents: Sequence[store.Manifest]) -> None:
+    tables = [manifest.read("latents", ["clip_id", "caption", "latents_shape"]) for manifest in latents]
+    rows = pa.concat_tables(tables).to_pydict()
     caption_labels(config.model, rows["caption"])
     for channels in {shape[0] for shape in rows["latents_shape"]}:
         if channels != config.model.in_channels:
@@ -113,11 +118,6 @@ def _check_fits(config: TrainClassifierConfig, latents: store.Manifest) -> None:
             f"held_out_share={config.held_out_share}: {num_held_out} of {len(rows['clip_id'])} clips are held out, "
             "must be some and not all"
         )
-
-
-def is_held_out(clip_id: str, share: float) -> bool:
-    """Whether a clip is measured, not trained on; a function of its id."""
-    return keyed_uniform("held out", clip_id) < share
 
 
 def caption_labels(config: LatentClassifierConfig, captions: Sequence[str]) -> Tensor:
@@ -138,9 +138,9 @@ def read_accuracy(run: store.Manifest) -> Accuracy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierTask:
-    """See `pipeline.train.Task`."""
+    """See `pipeline.trainee.Task`."""
 
-    latents_uri: str
+    latents_uris: tuple[str, ...]
     config: TrainClassifierConfig
     start_uri: str | None = None
 
@@ -153,6 +153,11 @@ class ClassifierTask:
     def optimizer(self) -> OptimizerConfig:
         """Learning rate and length."""
         return self.config.optimizer
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights and activations."""
+        return "fp32"
 
     def new_model(self) -> LatentClassifier:
         """The classifier before its training."""
@@ -167,18 +172,16 @@ class ClassifierTask:
 
 
 class ClassifierTrainee:
-    """See `pipeline.train.Trainee`. Packs hold places among the clips that are trained on."""
+    """See `pipeline.trainee.Trainee`."""
 
     def __init__(self, task: ClassifierTask) -> None:
         self.config = task.config
-        self.data = LatentDataset(store.Manifest.load(task.latents_uri))
+        self.data = LatentDataset(*(store.Manifest.load(uri) for uri in task.latents_uris))
         self.labels = caption_labels(self.config.model, self.data.captions)
-        is_measured = [is_held_out(clip_id, self.config.held_out_share) for clip_id in self.data.clip_ids]
-        self.trained = [place for place, measured in enumerate(is_measured) if not measured]
-        self.measured = [place for place, measured in enumerate(is_measured) if measured]
         self.model = task.new_model()
         self.patch = self.model.transformer.config.patch
-        self.sizes = self._sizes(self.trained)
+        self.samples = self.data.samples(self.patch, self.config.held_out_share)
+        self.measured = self.samples.held_out()[0].tolist()
         self.loss_function = classifier_loss
         self.no_text = torch.zeros(1, TEXT_DIM)
 
@@ -188,12 +191,11 @@ class ClassifierTrainee:
 
     def sample_ids(self, pack: Pack) -> tuple[str, ...]:
         """Clip ids."""
-        return tuple(self.data.clip_ids[self.trained[number]] for number in pack)
+        return tuple(self.data.clip_ids[place] for place in pack)
 
     def load(self, step: int, pack: Pack) -> ClassifierBatch:
         """Noised latents, as a diffusion model in training sees them; noise is keyed by (seed, step, clip)."""
-        places = [self.trained[number] for number in pack]
-        samples = [self.data[place] for place in places]
+        samples = [self.data[place] for place in pack]
         batch = diffusion_batch(
             latents=[sample.draw(self.config.plan.seed, step) for sample in samples],
             texts=[self.no_text] * len(samples),
@@ -202,7 +204,7 @@ class ClassifierTrainee:
             config=self.config.diffusion,
             patch=self.patch,
         )
-        return ClassifierBatch(batch.packed, self.labels[places])
+        return ClassifierBatch(batch.packed, self.labels[list(pack)])
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """Write the model folder, with what the held-out clips say of it."""
@@ -216,9 +218,17 @@ class ClassifierTrainee:
         return {
             **{f"accuracy_{name}_at_{level}": share for name, row in table.items() for level, share in row.items()},
             "num_parameters": sum(value.numel() for value in averaged.values()),
-            "num_samples": len(self.trained),
+            "num_samples": len(self.data) - len(self.measured),
             "num_held_out": len(self.measured),
         }
+
+    def flops(self, pack: Pack) -> float:
+        """Not counted."""
+        return 0.0
+
+    def measure(self, folder: str) -> dict[str, float]:
+        """Nothing beside what `export` measures."""
+        return {}
 
     def show(self, folder: str) -> tuple[dict[str, Frames], float]:
         """Nothing to look at."""
@@ -238,8 +248,8 @@ class ClassifierTrainee:
     def _num_right(self, classifier: LatentClassifier, sigma: float) -> Tensor:
         """How many held-out clips are told right at a noise level, by attribute."""
         total = torch.zeros(len(self.config.model.classes), dtype=torch.int64)
-        for step in plan_epoch(self._sizes(self.measured), self.config.plan, 0):
-            for places in ([self.measured[number] for number in numbers] for numbers in step):
+        for step in Plan(self.samples.held_out()[1], self.config.plan).epoch(0):
+            for places in ([self.measured[number] for number in numbers] for numbers in step.packs):
                 logits = classifier(self._noisy_pack(places, sigma))
                 found = torch.stack([values.argmax(1) for values in logits.values()], dim=1)  # b attributes
                 total += (found == self.labels[places]).sum(0)
@@ -253,7 +263,3 @@ class ClassifierTrainee:
             noisy.append(schedule.mix(sample.latents, noise, sigma))
         timestep = float(schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
         return pack(noisy, [timestep] * len(noisy), [self.no_text] * len(noisy), self.patch)
-
-    def _sizes(self, places: list[int]) -> list[int]:
-        num_tokens = self.data.num_tokens(self.patch)
-        return [num_tokens[place] for place in places]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +15,23 @@ from torch import Tensor, nn
 from pipeline import store
 from pipeline.feed import BoundedCache
 from pipeline.media import Frames
+from pipeline.mixture import Samples
+from pipeline.models import model_folder
 from pipeline.plan import Pack, PlanConfig
 from pipeline.stages.reader import ClipReader
 from pipeline.train import WorkersConfig, train
 from video_dit.generator import video_to_u8
+from video_dit.parallel.apply import Precision
+from video_dit.quality import psnr_db, ssim
 from video_dit.random import keyed_generator
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.training import OptimizerConfig
 from video_dit.vae import VideoVAE, VideoVAEConfig
+from video_dit.vae_losses import AdversarialVae, VaeLossConfig, reconstruction_losses
 
 NUM_SHOWN = 4  # clips in TensorBoard each time
+RECONSTRUCTION = "reconstruction.json"
+SCORES = ("psnr_db", "ssim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,11 @@ class TrainVaeConfig:
         crop_frames, crop_px: crops are at most this long and wide; shorter and smaller clips are taken whole.
         image_steps: the first steps see one frame of each crop: a picture teaches shapes and colours at a fraction of a
             video's cost, and the network starts out passing frames on unchanged.
-        kl_weight: of the divergence in nats per latent element, beside the mean squared error.
+        loss: what the reconstruction is measured by.
         plan: its tokens are frames of crops; `token_budget` frames go through the model at once.
         optimizer: learning rate and length.
-        num_statistics_clips: clips whose latents give mean and standard deviation of each channel, and the PSNR.
+        discriminator_learning_rate: of the discriminator, where `loss` has one.
+        num_statistics_clips: clips whose latents give mean and standard deviation of each channel, PSNR and SSIM.
     """
 
     vae: VideoVAEConfig = dataclasses.field(default_factory=VideoVAEConfig)
@@ -49,9 +56,10 @@ class TrainVaeConfig:
     crop_frames: int = 9
     crop_px: int = 32
     image_steps: int = 0
-    kl_weight: float = 1e-6
+    loss: VaeLossConfig = dataclasses.field(default_factory=VaeLossConfig)
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    discriminator_learning_rate: float = 2e-4
     num_statistics_clips: int = 128
 
     def __post_init__(self) -> None:
@@ -79,7 +87,7 @@ def train_vae(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeTask:
-    """See `pipeline.train.Task`."""
+    """See `pipeline.trainee.Task`."""
 
     clips_uri: str
     config: TrainVaeConfig
@@ -94,6 +102,19 @@ class VaeTask:
         """Learning rate and length."""
         return self.config.optimizer
 
+    @property
+    def precision(self) -> Precision:
+        """Of weights and activations."""
+        return "fp32"
+
+    @property
+    def part_optimizers(self) -> Mapping[str, OptimizerConfig]:
+        """That of the discriminator."""
+        if not self.config.loss.adversarial_weight:
+            return {}
+        rate = self.config.discriminator_learning_rate
+        return {"discriminator": dataclasses.replace(self.optimizer, learning_rate=rate, weight_decay=0.0)}
+
     def build(self) -> VaeTrainee:
         """Open the clips and make the VAE."""
         return VaeTrainee(self)
@@ -104,29 +125,34 @@ class VaeBatch(NamedTuple):
 
     videos: list[Tensor]
     key: tuple[int | str, ...]
+    is_adversarial: bool
 
 
 class VaeTrainee:
-    """See `pipeline.train.Trainee`."""
+    """See `pipeline.trainee.Trainee`."""
 
     def __init__(self, task: VaeTask, cache_bytes: int = 1 << 29) -> None:
         self.config = task.config
         self.clips = store.Manifest.load(task.clips_uri).read("clips").to_pylist()
-        self.sizes = [min(clip["num_frames"], self.config.crop_frames) for clip in self.clips]
-        self.model = VideoVAE(self.config.vae)
+        self.samples = Samples.of([min(clip["num_frames"], self.config.crop_frames) for clip in self.clips])
+        vae = VideoVAE(self.config.vae)
+        self.model = AdversarialVae(vae, self.config.loss) if self.config.loss.adversarial_weight else vae
         self._reader = ClipReader()
         self._decoded: BoundedCache[int, Frames] = BoundedCache(cache_bytes, lambda video: video.nbytes)
 
-    def loss_function(self, model: nn.Module, batch: VaeBatch) -> Tensor:
-        """Squared error summed over pixels and channels, plus the weighted divergence."""
+    def loss_function(self, model: nn.Module, batch: VaeBatch) -> dict[str, Tensor]:
+        """The weighted losses by name, summed over pixels and channels."""
         device = next(model.parameters()).device
-        total = torch.zeros((), device=device)
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         for part, video in enumerate(batch.videos):
-            video = video.to(device)
-            reconstruction, posterior = model(video, keyed_generator(*batch.key, part))
-            total = total + (reconstruction - video).square().sum()
-            total = total + self.config.kl_weight * posterior.kl().mean() * video.numel()
-        return total
+            video, generator = video.to(device), keyed_generator(*batch.key, part)
+            if self.config.loss.adversarial_weight:
+                losses = model(video, generator, batch.is_adversarial)
+            else:
+                _, losses = reconstruction_losses(model, video, generator, self.config.loss)
+            for name, loss in losses.items():
+                totals[name] = totals[name] + loss * video.numel()
+        return dict(totals)
 
     def num_elements(self, step: int, pack: Pack) -> float:
         """Pixels times channels of the pack's crops."""
@@ -149,19 +175,33 @@ class VaeTrainee:
             crop = random_crop(self._read(place), self._crop_frames(step), self.config.crop_px, *key)
             by_shape[crop.shape].append(crop)
         key = (self.config.plan.seed, step, self.clips[pack[0]]["clip_id"])
-        return VaeBatch([to_video(np.stack(crops)) for crops in by_shape.values()], key)
+        is_adversarial = step >= self.config.loss.adversarial_start
+        return VaeBatch([to_video(np.stack(crops)) for crops in by_shape.values()], key, is_adversarial)
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
-        """Measure the latents' statistics and the PSNR on whole clips, and write the model folder."""
+        """Measure the latents' statistics and the reconstruction of whole clips, and write the model folder."""
         vae = VideoVAE(self.config.vae).eval()
-        vae.load_state_dict(averaged)
+        own = {name.removeprefix("vae."): value for name, value in averaged.items() if not name.startswith("discrim")}
+        vae.load_state_dict(own)
         places = np.linspace(0, len(self.clips) - 1, min(len(self.clips), self.config.num_statistics_clips)).astype(int)
         videos = [self._read(int(place)) for place in dict.fromkeys(places.tolist())]
         means, stds = latent_statistics(vae, videos)
         vae.with_latent_statistics(means, stds).save_pretrained(folder)
         HashedWordEncoder(self.config.text).save_pretrained(folder)
+        table = reconstruction_table(vae, videos)
+        store.write_json(store.join(folder, RECONSTRUCTION), table)
         num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-        return {"psnr_db": mean_psnr_db(vae, videos), "num_parameters": num_parameters, "num_clips": len(self.clips)}
+        counts = [row["clips"] for row in table]
+        scores = {name: float(np.average([row[name] for row in table], weights=counts)) for name in SCORES}
+        return {**scores, "num_parameters": num_parameters, "num_clips": len(self.clips)}
+
+    def flops(self, pack: Pack) -> float:
+        """Not counted."""
+        return 0.0
+
+    def measure(self, folder: str) -> dict[str, float]:
+        """Nothing beside what `export` measures."""
+        return {}
 
     def show(self, folder: str) -> tuple[dict[str, Frames], float]:
         """A few clips, each beside its reconstruction."""
@@ -207,13 +247,28 @@ def latent_statistics(vae: VideoVAE, videos_u8: Sequence[Frames]) -> tuple[list[
 
 
 @torch.no_grad()
-def mean_psnr_db(vae: VideoVAE, videos_u8: Sequence[Frames]) -> float:
-    """Peak signal-to-noise ratio of the reconstructions, mean over videos."""
-    values = []
+def reconstruction_table(vae: VideoVAE, videos_u8: Sequence[Frames]) -> list[dict[str, Any]]:
+    """A row a shape: "frames", "height_px", "width_px", "clips", and the clips' mean "psnr_db" and "ssim"."""
+    found: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
     for video in _each(videos_u8):
-        error = (vae.decode(vae.encode(video).mean) - video).square().mean().item() / 4  # the peak is 2
-        values.append(-10 * math.log10(max(error, 1e-10)))
-    return sum(values) / len(values)
+        reconstruction = vae.decode(vae.encode(video).mean)
+        found[tuple(video.shape[2:])].append(
+            (float(psnr_db(reconstruction, video)), float(ssim(reconstruction, video)))
+        )
+    return [
+        {
+            **dict(zip(("frames", "height_px", "width_px"), shape, strict=True)),
+            "clips": len(values),
+            **dict(zip(SCORES, np.mean(values, axis=0).tolist(), strict=True)),
+        }
+        for shape, values in sorted(found.items())
+    ]
+
+
+def read_reconstruction(run: store.Manifest) -> list[dict[str, Any]]:
+    """What a finished run measured: see `reconstruction_table`."""
+    table: list[dict[str, Any]] = store.read_json(store.join(model_folder(run), RECONSTRUCTION))
+    return table
 
 
 def _each(videos_u8: Sequence[Frames]) -> Iterator[Tensor]:

@@ -86,7 +86,14 @@ class PackedBatch:
 
         Timesteps, texts and the segments of self-attention stay those of the whole pack. The model's prediction is that
         of the run's tokens, so put other texts in and packs together before, and unpack what all runs give together.
+
+        Raises:
+            ValueError: a pack of one token.
         """
+        if self.num_tokens < min(size, 2):
+            raise ValueError(
+                "a pack of one token cannot be shared: a run that has all tokens is taken for a whole pack"
+            )
         lengths = shard_lengths(self.num_tokens, size)
         start = sum(lengths[:rank])
         stop = start + lengths[rank]

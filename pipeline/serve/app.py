@@ -13,13 +13,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipeline import cluster, store
+from pipeline.models import open_model
 from pipeline.serve.api import Service, create_api
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.http_errors import ApiError
 from pipeline.serve.jobs import JobStore
 from pipeline.serve.schemas import new_job
 from pipeline.serve.worker import Worker
-from pipeline.train import open_model
 
 APP_NAME = "kinoray"
 KEYS_VARIABLE = "KINORAY_API_KEYS"

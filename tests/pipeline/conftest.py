@@ -18,7 +18,8 @@ def chain(ray_cluster, tmp_path_factory, recipe):
 
 @pytest.fixture(scope="session")
 def latents(chain):
-    return chain.latents()
+    (latents,) = chain.latents()
+    return latents
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from runs import losses_of
 
 from pipeline.distill_video import distill_video
 from pipeline.errors import ManifestError
-from pipeline.train import Model, model_folder, open_model
+from pipeline.models import Model, model_folder, open_model
 from video_dit import weights
 from video_dit.generator import read_limits
 

@@ -42,12 +42,20 @@ def test_samples_come_by_place_in_any_order(manifest):
     data = LatentDataset(manifest, cache_bytes=100)  # smaller than two groups: most reads go to the file
     assert len(data) == 30
     assert data.fps == 8.0
-    assert data.num_tokens(Stride(1, 2, 2)) == [2 * (1 + number % 3) for number in range(30)]
+    samples = data.samples(Stride(1, 2, 2))
+    assert samples.num_tokens.tolist() == [2 * (1 + number % 3) for number in range(30)]
+    assert samples.is_image.tolist() == [number % 3 == 0 for number in range(30)]
     for number in np.random.default_rng(0).permutation(30).tolist():
         sample = data[number]
         assert sample.clip_id == data.clip_ids[number] == f"clip{number}"
         assert torch.equal(sample.latents, torch.full((2, 1 + number % 3, 2, 4), float(number)))
         assert torch.equal(sample.text, torch.full((1 + number % 4, 3), -float(number)))
+
+
+def test_several_data_sets_lie_one_behind_the_other(manifest):
+    data = LatentDataset(manifest, manifest)
+    assert data.data_sets == [0] * 30 + [1] * 30 == data.samples(Stride(1, 2, 2)).data_set.tolist()
+    assert data[34].clip_id == data.clip_ids[34] == "clip4"
 
 
 def test_latents_are_drawn_where_the_deviation_is_kept(manifest):

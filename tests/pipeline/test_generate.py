@@ -11,8 +11,8 @@ from random_pipeline import noise_u8, save_random_pipeline
 from pipeline import media
 from pipeline.generate import GenerateConfig, generate, sample_video
 from pipeline.given import GivenConfig
+from pipeline.models import Model
 from pipeline.request_files import from_json
-from pipeline.train import Model
 from video_dit.generator import Generator, read_limits
 from video_dit.long_videos import long_videos
 

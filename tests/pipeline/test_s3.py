@@ -13,9 +13,10 @@ from pipeline.sources import list_sources
 from pipeline.stages.decode import read_clip
 from pipeline.stages.reader import ClipReader
 from tests.pipeline.clip_files import encode, moving
+from tests.s3_server import s3_server
 
 s3fs = pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 
 pytestmark = pytest.mark.usefixtures("bucket")
 
@@ -23,18 +24,7 @@ pytestmark = pytest.mark.usefixtures("bucket")
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket of three videos with captions; the environment that leads to it."""
-    import boto3
-
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "testing")
-        s3fs.S3FileSystem.clear_instance_cache()
-        client = boto3.client("s3")
+    with s3_server() as client:
         client.create_bucket(Bucket="videos")
         for number in range(3):
             video = media.encode_mp4(moving(17 + 8 * number), 8)
@@ -43,8 +33,6 @@ def bucket():
         rows = "\n".join(f'{{"video": "in/clip{number}.mp4", "caption": "row {number}"}}' for number in range(2))
         client.put_object(Bucket="videos", Key="list.jsonl", Body=rows.encode())
         yield client
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def test_folders_and_manifests_are_listed():

@@ -11,9 +11,10 @@ from random_pipeline import save_random_pipeline
 
 from pipeline import store
 from pipeline.evaluate import EvaluateConfig, LedByClassifier, evaluate_video
-from pipeline.plan import PlanConfig, iterate_steps
+from pipeline.models import Model, model_folder
+from pipeline.plan import Plan, PlanConfig
 from pipeline.toy_scenes import VALUES, caption, parse_caption, select_scenes
-from pipeline.train import Model, WorkersConfig, model_folder
+from pipeline.train import WorkersConfig
 from pipeline.train_classifier import (
     MEASURED_SIGMAS,
     ClassifierTask,
@@ -87,7 +88,7 @@ def latents(tmp_path_factory):
 @pytest.fixture
 def trainee(latents):
     torch.manual_seed(0)
-    return ClassifierTask(latents_uri=latents.uri, config=CONFIG).build()
+    return ClassifierTask(latents_uris=(latents.uri,), config=CONFIG).build()
 
 
 def test_captions_tell_the_labels():
@@ -127,11 +128,11 @@ def test_a_batch_is_what_the_diffusion_model_would_see_with_labels(trainee):
 def test_training_learns_what_the_latents_show_and_no_more(trainee, tmp_path):
     state = TrainState(trainee.model, CONFIG.optimizer, SingleProcess())
     losses = []
-    for step, packs in iterate_steps(trainee.sizes, CONFIG.plan):
-        if step == CONFIG.optimizer.num_steps:
+    for number, step in Plan(trainee.samples, CONFIG.plan).steps():
+        if number == CONFIG.optimizer.num_steps:
             break
-        batches = [MicroBatch(inputs=trainee.load(step, pack), weight=1.0, sample_ids=()) for pack in packs]
-        num_elements = sum(trainee.num_elements(step, pack) for pack in packs)
+        batches = [MicroBatch(inputs=trainee.load(number, pack), weight=1.0, sample_ids=()) for pack in step.packs]
+        num_elements = sum(trainee.num_elements(number, pack) for pack in step.packs)
         losses.append(train_step(state, batches, trainee.loss_function, num_elements)["loss"])
     assert np.mean(losses[-5:]) < np.mean(losses[:2]) - 1.0
     figures = trainee.export(str(tmp_path), state.ema)
@@ -156,12 +157,12 @@ def test_errors_name_the_field(latents, tmp_path):
     workers = WorkersConfig()
     wrong = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, in_channels=8))
     with pytest.raises(ValueError, match=r"model\.in_channels=8, but .* set model\.in_channels to 4"):
-        train_classifier(wrong, workers, latents, str(tmp_path))
+        train_classifier(wrong, workers, [latents], str(tmp_path))
     few = dataclasses.replace(CONFIG, held_out_share=1e-9)
     with pytest.raises(ValueError, match="held_out_share=1e-09: 0 of 60 clips are held out"):
-        train_classifier(few, workers, latents, str(tmp_path))
+        train_classifier(few, workers, [latents], str(tmp_path))
     with pytest.raises(ValueError, match="caption 'a dog' names no colour"):
-        train_classifier(CONFIG, workers, publish(tmp_path, words="a dog"), str(tmp_path))
+        train_classifier(CONFIG, workers, [publish(tmp_path, words="a dog")], str(tmp_path))
     assert not store.exists(str(tmp_path / "train_classifier"))
 
 
@@ -182,7 +183,7 @@ def test_prompts_are_classes_to_the_classifier(trainee, tmp_path):
 def test_a_run_on_ray_ends_with_a_classifier_that_evaluation_takes(ray_cluster, latents, tmp_path):
     few = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, num_steps=4))
     workers = WorkersConfig(num_workers=2, cpus_per_worker=1, checkpoint_every=2)
-    run = train_classifier(few, workers, latents, str(tmp_path))
+    run = train_classifier(few, workers, [latents], str(tmp_path))
     report = json.loads(Path(run.uri, "report.json").read_text())
     table = read_accuracy(run)
     for name, row in table.items():

@@ -1,6 +1,7 @@
 """What VAE training feeds on and measures: keyed crops, the loss's elements, latent statistics, PSNR."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from jobs.recipes import toy_cpu
 from pipeline import media, store
-from pipeline.train_vae import VaeTask, latent_statistics, mean_psnr_db, random_crop, to_video
+from pipeline.train_vae import VaeTask, latent_statistics, random_crop, reconstruction_table, to_video
+from video_dit.train_step import MicroBatch, train_step
+from video_dit.training import SingleProcess, TrainState
 from video_dit.vae import VideoVAE
+from video_dit.vae_losses import VaeLossConfig
 
 CONFIG = toy_cpu().vae
 SHAPES = [(17, 32, 48), (1, 48, 32), (9, 32, 32)]
@@ -21,7 +25,7 @@ def clip_video(number):
 
 
 @pytest.fixture(scope="module")
-def trainee(tmp_path_factory):
+def clips_uri(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
 
     def produce(uri):
@@ -48,9 +52,13 @@ def trainee(tmp_path_factory):
             )
         return store.Produced(counts={"clips": 3}, files={"clips": [store.write_shard(uri, "clips", rows)]})
 
-    manifest = store.publish_once(str(folder), "curate", "test", {}, [], produce)
+    return store.publish_once(str(folder), "curate", "test", {}, [], produce).uri
+
+
+@pytest.fixture(scope="module")
+def trainee(clips_uri):
     config = dataclasses.replace(CONFIG, image_steps=10, crop_frames=9, crop_px=32)
-    return VaeTask(clips_uri=manifest.uri, config=config).build()
+    return VaeTask(clips_uri=clips_uri, config=config).build()
 
 
 def test_a_crop_is_a_part_of_the_video_and_a_function_of_its_key():
@@ -66,7 +74,7 @@ def test_a_crop_is_a_part_of_the_video_and_a_function_of_its_key():
 
 
 def test_pictures_first_then_videos(trainee):
-    assert trainee.sizes == [9, 1, 9]
+    assert trainee.samples.num_tokens.tolist() == [9, 1, 9]
     pictures, videos = (trainee.load(step, (0, 1, 2)).videos for step in (9, 10))
     assert [tuple(video.shape) for video in pictures] == [(3, 3, 1, 32, 32)]
     assert sorted(tuple(video.shape) for video in videos) == [(1, 3, 1, 32, 32), (2, 3, 9, 32, 32)]
@@ -75,13 +83,35 @@ def test_pictures_first_then_videos(trainee):
     assert trainee.sample_ids((2, 0)) == ("clip2", "clip0")
 
 
-def test_loss_is_the_squared_error_plus_the_divergence(trainee):
-    batch = trainee.load(10, (2,))
-    loss = trainee.loss_function(trainee.model, batch)
-    assert loss.item() == trainee.loss_function(trainee.model, batch).item()  # its noise has a key too
-    (video,) = batch.videos
-    mean_square = loss.item() / video.numel()
-    assert 0.05 < mean_square < 2
+def test_losses_are_sums_over_the_elements_of_all_shapes(trainee):
+    both, first, second = (trainee.load(10, places) for places in ((0, 1), (0,), (1,)))
+    losses = trainee.loss_function(trainee.model, both)
+    assert losses == trainee.loss_function(trainee.model, both)  # its noise has a key too
+    assert set(losses) == {"l2", "l1", "gradient", "kl"}
+    assert 0.05 < losses["l2"] / trainee.num_elements(10, (0, 1)) < 2
+    parts = [trainee.loss_function(trainee.model, batch)["l2"] for batch in (first, second)]
+    assert losses["l2"].item() == pytest.approx(sum(parts).item(), rel=1e-2)  # but for the noise
+
+
+def test_a_discriminator_trains_beside_the_vae_and_stays_out_of_the_model_folder(trainee, clips_uri, tmp_path):
+    loss = VaeLossConfig(l1_weight=1.0, gradient_weight=0.5, adversarial_weight=0.1, adversarial_start=1)
+    config = dataclasses.replace(trainee.config, loss=loss, num_statistics_clips=2)
+    task = VaeTask(clips_uri=clips_uri, config=config)
+    torch.manual_seed(0)
+    adversarial = task.build()
+    state = TrainState(adversarial.model, task.optimizer, SingleProcess(), task.part_optimizers)
+    rows = []
+    for step in range(3):
+        batch = MicroBatch(inputs=adversarial.load(step + 10, (0, 2)), weight=1.0, sample_ids=())
+        elements = adversarial.num_elements(step + 10, (0, 2))
+        rows.append(train_step(state, [batch], adversarial.loss_function, elements))
+    assert rows[0]["discriminator"] == pytest.approx(2, abs=0.5)
+    assert {"l1", "l2", "gradient", "kl", "adversarial", "r1", "grad_norm_discriminator"} <= set(rows[0])
+    figures = adversarial.export(str(tmp_path), state.ema)
+    table = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert sum(row["clips"] for row in table) == 2
+    assert figures["psnr_db"] == pytest.approx(np.mean([row["psnr_db"] for row in table]))
+    VideoVAE.from_pretrained(str(tmp_path))
 
 
 def test_statistics_normalise_the_latents():
@@ -107,8 +137,10 @@ def test_psnr_is_that_of_its_definition():
         def decode(self, latents):
             return latents + 0.1
 
-    expected = 10 * np.log10(2**2 / 0.1**2)
-    assert mean_psnr_db(Shifted(), [clip_video(2)]) == pytest.approx(expected, rel=1e-4)
+    (one, two) = reconstruction_table(Shifted(), [clip_video(2), clip_video(0), clip_video(2)])
+    assert (one["frames"], one["height_px"], one["width_px"], one["clips"]) == (9, 32, 32, 2)
+    assert two["clips"] == 1
+    assert one["psnr_db"] == pytest.approx(10 * np.log10(2**2 / 0.1**2), rel=1e-4)
 
 
 def test_crops_must_fit_the_stride():

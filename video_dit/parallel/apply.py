@@ -58,7 +58,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
     Args:
         model: on the mesh's device, equal in all processes. Its ModuleList `blocks`, if it has one, is what is done
             block by block.
-        mesh: axes "data" and "context", see `DistributedWorld`.
+        mesh: axes "replica", "data" and "context", see `DistributedWorld`.
         config: how.
 
     Raises:
@@ -72,7 +72,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> n
         compile_blocks(blocks)
     for block in blocks:  # around the compiled code: attention, outside of it, is what a checkpoint may keep
         checkpoint_block(block, config.activation_checkpointing)
-    _shard(model, blocks, mesh._flatten("shard"), config)
+    _shard(model, blocks, _sharding_mesh(mesh), config)
     return model
 
 
@@ -86,6 +86,14 @@ def _check(model: nn.Module, blocks: list[nn.Module], context_size: int, config:
             raise ValueError(f"{field}={value!r}: {name} has no blocks, must be {getattr(ParallelConfig, field)!r}")
     if config.precision == "bf16" and not hasattr(model, "float32_modules"):
         raise ValueError(f"precision='bf16': {name} does not tell its float32_modules, must be 'fp32'")
+
+
+def _sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """One axis to shard over, behind one to copy over if there are copies."""
+    if mesh["replica"].size() == 1:
+        return mesh._flatten("shard")
+    mesh["data", "context"]._flatten("shard")
+    return mesh["replica", "shard"]
 
 
 def _shard(model: Any, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> None:

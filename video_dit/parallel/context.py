@@ -1,6 +1,7 @@
 """Context parallelism: one pack over several processes, each with a run of its tokens (`PackedBatch.shard`).
 
-Only self-attention needs the others' tokens, so only its `attend` is replaced. Two forms:
+Only self-attention needs the others' tokens, so only its `attend` is replaced; packs that are whole on a process are
+attended to as ever. Two forms:
     ulysses      tokens are exchanged for heads and back (arXiv 2309.14509): each process attends with its share of the
                  heads over the whole pack. Equal work for all; the heads must divide.
     all_gather   keys and values of the whole pack come to every process, which attends with its own queries.
@@ -55,6 +56,8 @@ class UlyssesAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
+        if is_whole(q, segments):
+            return self.attend(q, k, v, segments)
         size = self.group.size()
         lengths = shard_lengths(sum(segments.q_lengths), size)
         own = [q.shape[0]] * size
@@ -74,9 +77,16 @@ class AllGatherAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
+        if is_whole(q, segments):
+            return self.attend(q, k, v, segments)
         both = gather_tokens(torch.stack([k, v], dim=1), sum(segments.q_lengths), self.group)  # whole n, 2 heads e
         k, v = both.unbind(1)
         return self.attend(q, k, v, _own_queries(segments, self.group.rank(), self.group.size()))
+
+
+def is_whole(q: Tensor, segments: Segments) -> bool:
+    """Whether a process has all tokens of the pack."""
+    return q.shape[0] == sum(segments.q_lengths)
 
 
 @functools.lru_cache(maxsize=64)  # the same for all blocks

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from video_dit.parallel.failpoints import reach
+
 
 class DistributedWorld:
     """All processes of the default group, which somebody (Ray Train, torchrun, a test) has set up.
@@ -15,27 +17,37 @@ class DistributedWorld:
     Args:
         device_type: "cuda" or "cpu".
         context_size: neighbouring processes that share each pack.
+        num_replicas: copies of the model, each sharded over as many processes (HSDP): within a node, say.
 
     Attributes:
         rank, size: of this process, among all.
-        mesh: axes "data", the groups that have packs of their own, and "context", the processes of a group.
+        mesh: axes "replica", the copies; "data", the groups of a copy that have packs of their own; and "context", the
+            processes of a group.
 
     Raises:
-        ValueError: context_size does not divide the processes.
+        ValueError: context_size and num_replicas do not divide the processes.
     """
 
-    def __init__(self, device_type: str, context_size: int = 1) -> None:
+    def __init__(self, device_type: str, context_size: int = 1, num_replicas: int = 1) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        if self.size % context_size:
-            raise ValueError(f"context_size={context_size}: must divide the {self.size} processes")
+        for name, value in (("context_size", context_size), ("num_replicas", num_replicas)):
+            if self.size % value:
+                raise ValueError(f"{name}={value}: must divide the {self.size} processes")
+        if self.size % (context_size * num_replicas):
+            raise ValueError(
+                f"context_size={context_size} times num_replicas={num_replicas}: must divide the {self.size} processes"
+            )
         self.mesh: DeviceMesh = init_device_mesh(
-            device_type, (self.size // context_size, context_size), mesh_dim_names=("data", "context")
+            device_type,
+            (num_replicas, self.size // (context_size * num_replicas), context_size),
+            mesh_dim_names=("replica", "data", "context"),
         )
 
     def sum(self, value: Tensor) -> Tensor:
         """The value added up over all processes."""
         value = value.to(self.mesh.device_type)
+        reach("mid_allreduce")
         dist.all_reduce(value)
         return value
 

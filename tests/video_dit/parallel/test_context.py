@@ -59,7 +59,7 @@ WITH_CHECKPOINTING = [
 def on_a_grid_of_processes():
     """Of each case: gradients of the sum of two packs' losses, each pack on two processes, weights on all four."""
     world = DistributedWorld("cpu", context_size=2)
-    data, context = world.mesh.get_coordinate()
+    _, data, context = world.mesh.get_coordinate()
     found = []
     for config in WITH_CHECKPOINTING:
         model = parallelize(model_of(heads=2), world.mesh, config)
@@ -75,6 +75,33 @@ def test_composes_with_sharded_weights_and_checkpointing(tmp_path):
     for found in launch(4, tmp_path, on_a_grid_of_processes):
         for gradients in found:
             assert_close(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+def on_copies_of_the_model():
+    """Gradients of four packs: two whole ones, then two that are shared by two processes; weights on two copies."""
+    world = DistributedWorld("cpu", context_size=2, num_replicas=2)
+    model = parallelize(model_of(heads=2), world.mesh, ParallelConfig(context_size=2, min_group=0))
+    replica, _, context = world.mesh.get_coordinate()
+    (diffusion_loss(model, batch_of(MIXED, seed=world.rank)) * world.size).backward()
+    (diffusion_loss(model, batch_of(MIXED, seed=4 + replica).shard(context, 2)) * world.size).backward()
+    parameter = next(model.parameters())
+    assert parameter.to_local().numel() <= -(-parameter.numel() // 2) + parameter.numel() // parameter.shape[0]
+    return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def test_copies_of_a_sharded_model_run_whole_and_shared_packs_by_turns(tmp_path):
+    """HSDP: sharded over two processes, twice; each process a pack of its own, then every two one together."""
+    model = model_of(heads=2)
+    for seed in range(6):
+        diffusion_loss(model, batch_of(MIXED, seed)).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for gradients in launch(4, tmp_path, on_copies_of_the_model):
+        assert_close(gradients, expected)
+
+
+def test_a_pack_of_one_token_cannot_be_shared():
+    with pytest.raises(ValueError, match="one token"):
+        batch_of([(4, 1, 2, 2)]).shard(0, 2)
 
 
 def test_only_attend_is_replaced(world):

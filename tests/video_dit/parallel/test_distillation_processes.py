@@ -16,7 +16,7 @@ from video_dit.diffusion.distillation import (
 from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.parallel.apply import ParallelConfig, parallelize
-from video_dit.parallel.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from video_dit.parallel.checkpoint import Checkpoints
 from video_dit.parallel.world import DistributedWorld
 from video_dit.shapes import Stride
 from video_dit.train_step import MicroBatch, train_step
@@ -73,10 +73,11 @@ def run_steps(state, until):
 def train_part(folder, min_group, resume):
     world = DistributedWorld("cpu")
     state = new_state(world, min_group)
-    if resume:
-        load_checkpoint(latest_checkpoint(folder), state)
+    checkpoints = Checkpoints(str(folder), world)
+    assert checkpoints.restore(state) == (3 if resume else None)
     rows = run_steps(state, 6 if resume else 3)
-    save_checkpoint(folder, state, world)
+    checkpoints.save(state)
+    checkpoints.wait()
     return rows, world.gather_state(state.ema), world.gather_state(state.model.teacher.state_dict())
 
 
@@ -85,8 +86,9 @@ def test_processes_and_a_resume_on_another_number_of_them_change_nothing(tmp_pat
     state = new_state(SingleProcess())
     teacher = copy.deepcopy(state.model.teacher.state_dict())
     expected = run_steps(state, 6)
-    first, _, _ = launch(first_size, tmp_path / "first", train_part, tmp_path, min_group, False)[0]
-    second, averaged, their_teacher = launch(second_size, tmp_path / "second", train_part, tmp_path, min_group, True)[0]
+    folder = tmp_path / "checkpoints"
+    first, _, _ = launch(first_size, tmp_path / "first", train_part, folder, min_group, False)[0]
+    second, averaged, their_teacher = launch(second_size, tmp_path / "second", train_part, folder, min_group, True)[0]
     for row, expected_row in zip(first + second, expected, strict=True):
         assert row == pytest.approx(expected_row, abs=1e-5)
     assert {"distillation", "adversarial", "discriminator", "r1", "grad_norm", "grad_norm_heads"} < set(expected[0])

@@ -10,13 +10,7 @@ from processes import launch
 from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch, diffusion_loss
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.parallel.apply import ParallelConfig, parallelize
-from video_dit.parallel.checkpoint import (
-    is_complete,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from video_dit.parallel.checkpoint import Checkpoints
 from video_dit.parallel.world import DistributedWorld
 from video_dit.shapes import Stride
 from video_dit.train_step import MicroBatch, train_step
@@ -76,10 +70,11 @@ def run_steps(state, until):
 def train_part(folder, method, resume):
     world = DistributedWorld("cpu")
     state = new_state(method, world)
-    if resume:
-        load_checkpoint(latest_checkpoint(folder), state)
+    checkpoints = Checkpoints(str(folder), world)
+    assert checkpoints.restore(state) == (6 if resume else None)
     losses = run_steps(state, 6 if not resume else 12)
-    save_checkpoint(folder, state, world)
+    checkpoints.save(state)
+    checkpoints.wait()
     return losses, world.gather_state(state.ema)
 
 
@@ -94,25 +89,10 @@ def single(method):
 @pytest.mark.parametrize(("first_size", "second_size"), [(2, 1), (1, 3)])
 def test_processes_and_a_resume_on_another_number_of_them_change_nothing(tmp_path, method, first_size, second_size):
     losses, averaged = single(method)
-    first_losses, _ = launch(first_size, tmp_path / "first", train_part, tmp_path, method, False)[0]
+    folder = tmp_path / "checkpoints"
+    first_losses, _ = launch(first_size, tmp_path / "first", train_part, folder, method, False)[0]
     assert first_losses == pytest.approx(losses[:6], abs=1e-5)
-    second_losses, second_averaged = launch(second_size, tmp_path / "second", train_part, tmp_path, method, True)[0]
+    second_losses, second_averaged = launch(second_size, tmp_path / "second", train_part, folder, method, True)[0]
     assert second_losses == pytest.approx(losses[6:], abs=1e-5)
     for name, value in averaged.items():
         assert torch.allclose(second_averaged[name], value, atol=1e-4), name
-
-
-def test_only_complete_checkpoints_exist(tmp_path):
-    for step, complete in ((5, True), (10, True), (15, False), (20, True)):
-        folder = tmp_path / f"step-{step}"
-        folder.mkdir()
-        (folder / "data").write_bytes(b"12345")
-        if complete:
-            (folder / "manifest.json").write_text('{"step": 0, "files": {"data": 5}}')
-    (tmp_path / "step-25.partial").mkdir()
-    (tmp_path / "step-20" / "data").write_bytes(b"123")  # cut short
-    assert not is_complete(tmp_path / "step-20")
-    assert latest_checkpoint(tmp_path).name == "step-10"
-    prune_checkpoints(tmp_path, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
-    assert latest_checkpoint(tmp_path / "nowhere") is None

@@ -1,0 +1,182 @@
+"""A training run loses workers, its driver, its machine: the same losses and the same weights in the end, to the bit.
+
+KINORAY_TRAIN_KILLS is the number of SIGKILLs of workers (default 5).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import losses_of
+
+from pipeline.errors import TrainingStoppedError
+from pipeline.models import model_folder
+from pipeline.train_video import train_video
+from video_dit import weights
+from video_dit.parallel.checkpoint import committed
+from video_dit.parallel.failpoints import VARIABLE
+
+ROOT = Path(__file__).parents[2]
+NUM_KILLS = int(os.environ.get("KINORAY_TRAIN_KILLS", "5"))
+FAILPOINTS = ("after_report", "data_prefetch_full", "mid_allreduce", "sigterm_grace")
+
+
+@pytest.fixture(scope="module")
+def video(recipe):
+    """Steps for kills to fall between."""
+    optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=max(30, 4 * NUM_KILLS))
+    return dataclasses.replace(recipe.video, optimizer=optimizer)
+
+
+@pytest.fixture(scope="module")
+def workers(recipe):
+    return dataclasses.replace(
+        recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3, show_every=1000, max_failures=1000
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(video, workers, latents, tmp_path_factory):
+    return train_video(video, workers, [latents], str(tmp_path_factory.mktemp("undisturbed")))
+
+
+def assert_same(run, other):
+    assert losses_of(run) == losses_of(other)  # to the last bit
+    ours, theirs = (weights.read_state(model_folder(one), "transformer") for one in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def train_workers():
+    """The worker processes of this machine."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def last_step(storage):
+    files = list(Path(storage).glob("train_video/*/metrics/train.jsonl"))
+    lines = files[0].read_text().split("\n")[:-1] if files else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+class Background:
+    """A training run in a thread."""
+
+    def __init__(self, *args):
+        self.run = self.error = None
+        self._thread = threading.Thread(target=self._train, args=args)
+        self._thread.start()
+
+    def _train(self, *args):
+        try:
+            self.run = train_video(*args)
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def is_running(self):
+        return self._thread.is_alive()
+
+    def result(self):
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.run
+
+
+def test_workers_killed_at_random_moments_change_no_bit(video, workers, latents, undisturbed, tmp_path):
+    chance = random.Random(0)
+    moments = sorted(chance.sample(range(video.optimizer.num_steps - 2), NUM_KILLS))
+    training, num_kills = Background(video, workers, [latents], str(tmp_path)), 0
+    while training.is_running:
+        time.sleep(0.01)
+        if moments and last_step(tmp_path) >= moments[0]:
+            time.sleep(chance.random() * 0.2)
+            victims = train_workers()
+            if victims:
+                chance.choice(victims).kill()
+                moments.pop(0)
+                num_kills += 1
+    run = training.result()
+    sys.stdout.write(f"{num_kills} kills of a worker\n")
+    assert num_kills >= NUM_KILLS - 1  # the last moment may come too late
+    assert_same(run, undisturbed)
+
+
+def driver_of(latents, storage, failpoint=None, max_failures=0):
+    """The same run as a process with a cluster of its own, whose workers may have a failpoint."""
+    script = (
+        "import dataclasses, sys; from jobs.recipes import smoke_cpu; from pipeline import cluster, store\n"
+        "from pipeline.train_video import train_video\n"
+        "cluster.connect(num_cpus=2, address='local', include_dashboard=False); recipe = smoke_cpu()\n"
+        "optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=int(sys.argv[3]))\n"
+        "video = dataclasses.replace(recipe.video, optimizer=optimizer)\n"
+        "workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3,"
+        " show_every=1000, max_failures=int(sys.argv[4]))\n"
+        "train_video(video, workers, [store.Manifest.load(sys.argv[1])], sys.argv[2])\n"
+    )
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    if failpoint:
+        environment[VARIABLE] = failpoint
+    num_steps = str(max(30, 4 * NUM_KILLS))
+    command = [sys.executable, "-c", script, latents.uri, str(storage), num_steps, str(max_failures)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("place", FAILPOINTS)
+def test_death_at_a_place_of_the_loop_changes_no_bit(place, video, workers, latents, undisturbed, tmp_path):
+    number = {"sigterm_grace": 1, "data_prefetch_full": 4}.get(place, 2)
+    child = driver_of(latents, tmp_path, f"{place}:{number * 10 if place == 'mid_allreduce' else number}")
+    if place == "sigterm_grace":
+        while last_step(tmp_path) < 4:
+            assert child.poll() is None
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode not in (0, None), errors
+    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_call_goes_on(video, workers, latents, undisturbed, tmp_path):
+    child = driver_of(latents, tmp_path)
+    while last_step(tmp_path) < 4:
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=120)
+    assert TrainingStoppedError.__name__ in errors
+    (checkpoints,) = tmp_path.glob("train_video/*/checkpoints")
+    reached = committed(str(checkpoints))[0].step
+    assert reached == last_step(tmp_path) + 1
+    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
+
+
+def test_an_earlier_run_is_never_gone_on_with_by_surprise(video, workers, latents, undisturbed, tmp_path):
+    with pytest.raises(ValueError, match="resume='must': .* holds no checkpoint"):
+        train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path))
+    child = driver_of(latents, tmp_path)
+    while not list(tmp_path.glob("train_video/*/checkpoints/step-*/manifest.json")):
+        assert child.poll() is None
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    with pytest.raises(ValueError, match=r"resume='never': .* has one of step \d+; use 'auto' or delete it"):
+        train_video(video, dataclasses.replace(workers, resume="never"), [latents], str(tmp_path))
+    assert_same(train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path)), undisturbed)
