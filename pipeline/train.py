@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import threading
@@ -158,6 +159,7 @@ def _trainer(workers: WorkersConfig, worker: WorkerConfig, storage: Path, name: 
             resources_per_worker={"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
+            worker_runtime_env={"env_vars": {k: v for k, v in os.environ.items() if k.startswith("KINORAY_")}},
             name=name,  # of its own: Ray resumes a known name by itself, but this run's checkpoints decide
             storage_path=str(storage),
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]

@@ -113,7 +113,7 @@ class Worker:
                 self.may_write()
                 log.write(metrics, stall_s)
             with progress.Stopwatch() as watch:
-                goes_on = self._go_on(metrics)
+                goes_on = self._go_on()
             stall_s = watch.elapsed_s
             if not goes_on:
                 return
@@ -122,14 +122,13 @@ class Worker:
         if log:
             log.close()
 
-    def _go_on(self, metrics: dict[str, float]) -> bool:
+    def _go_on(self) -> bool:
         """After a step: save and show what is due; returns whether there is more to do."""
         step, workers, asked = self.state.step, self.config.workers, self.interruptions.look()
         is_last = step == self.task.optimizer.num_steps
         if step % workers["checkpoint_every"] == 0 or is_last or asked.save or asked.stop:
-            self.checkpoints.save(self.state)
-            ray.train.report(metrics)  # no checkpoint: Ray wants them in its own folder, the run's are found without it
-            reach("after_report")
+            self.checkpoints.save(self.state)  # not reported to Ray, which would have it in its own folder
+            reach("after_save")
         if asked.save or asked.stop:
             reach("sigterm_grace")
             self.checkpoints.wait()

@@ -25,17 +25,17 @@ from pipeline.models import model_folder
 from pipeline.train_video import train_video
 from video_dit import weights
 from video_dit.parallel.checkpoint import committed
-from video_dit.parallel.failpoints import VARIABLE
+from video_dit.parallel.failpoints import ONCE, VARIABLE
 
 ROOT = Path(__file__).parents[2]
 NUM_KILLS = int(os.environ.get("KINORAY_TRAIN_KILLS", "5"))
-FAILPOINTS = ("after_report", "data_prefetch_full", "mid_allreduce", "sigterm_grace")
+NUM_STEPS = max(60, 4 * NUM_KILLS)
 
 
 @pytest.fixture(scope="module")
 def video(recipe):
     """Steps for kills to fall between."""
-    optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=max(30, 4 * NUM_KILLS))
+    optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=NUM_STEPS)
     return dataclasses.replace(recipe.video, optimizer=optimizer)
 
 
@@ -118,43 +118,23 @@ def test_workers_killed_at_random_moments_change_no_bit(video, workers, latents,
     assert_same(run, undisturbed)
 
 
-def driver_of(latents, storage, failpoint=None, max_failures=0):
-    """The same run as a process with a cluster of its own, whose workers may have a failpoint."""
-    script = (
-        "import dataclasses, sys; from jobs.recipes import smoke_cpu; from pipeline import cluster, store\n"
-        "from pipeline.train_video import train_video\n"
-        "cluster.connect(num_cpus=2, address='local', include_dashboard=False); recipe = smoke_cpu()\n"
-        "optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=int(sys.argv[3]))\n"
-        "video = dataclasses.replace(recipe.video, optimizer=optimizer)\n"
-        "workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3,"
-        " show_every=1000, max_failures=int(sys.argv[4]))\n"
-        "train_video(video, workers, [store.Manifest.load(sys.argv[1])], sys.argv[2])\n"
-    )
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    if failpoint:
-        environment[VARIABLE] = failpoint
-    num_steps = str(max(30, 4 * NUM_KILLS))
-    command = [sys.executable, "-c", script, latents.uri, str(storage), num_steps, str(max_failures)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+def test_death_at_places_of_the_loop_changes_no_bit(video, workers, latents, undisturbed, tmp_path, monkeypatch):
+    """One after the other, in one run."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    places = ["after_save:2", "data_prefetch_full:4", "mid_allreduce:30"]
+    monkeypatch.setenv(VARIABLE, ",".join(places))
+    monkeypatch.setenv(ONCE, str(marks))
+    run = train_video(video, workers, [latents], str(tmp_path))
+    assert sorted(path.name for path in marks.iterdir()) == sorted(places)
+    assert_same(run, undisturbed)
 
 
-@pytest.mark.parametrize("place", FAILPOINTS)
-def test_death_at_a_place_of_the_loop_changes_no_bit(place, video, workers, latents, undisturbed, tmp_path):
-    number = {"sigterm_grace": 1, "data_prefetch_full": 4}.get(place, 2)
-    child = driver_of(latents, tmp_path, f"{place}:{number * 10 if place == 'mid_allreduce' else number}")
-    if place == "sigterm_grace":
-        while last_step(tmp_path) < 4:
-            assert child.poll() is None
-            time.sleep(0.05)
-        child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode not in (0, None), errors
-    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
-
-
-def test_sigterm_saves_a_checkpoint_and_the_same_call_goes_on(video, workers, latents, undisturbed, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_only_who_wants_to_goes_on(video, workers, latents, undisturbed, tmp_path):
+    """Even if a worker dies while it saves."""
+    with pytest.raises(ValueError, match="resume='must': .* holds no checkpoint"):
+        train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path))
+    (tmp_path / "marks").mkdir()
     child = driver_of(latents, tmp_path)
     while last_step(tmp_path) < 4:
         assert child.poll() is None
@@ -162,21 +142,31 @@ def test_sigterm_saves_a_checkpoint_and_the_same_call_goes_on(video, workers, la
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(timeout=120)
     assert TrainingStoppedError.__name__ in errors
+    assert (tmp_path / "marks" / "sigterm_grace").exists()
     (checkpoints,) = tmp_path.glob("train_video/*/checkpoints")
     reached = committed(str(checkpoints))[0].step
     assert reached == last_step(tmp_path) + 1
-    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
-
-
-def test_an_earlier_run_is_never_gone_on_with_by_surprise(video, workers, latents, undisturbed, tmp_path):
-    with pytest.raises(ValueError, match="resume='must': .* holds no checkpoint"):
-        train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path))
-    child = driver_of(latents, tmp_path)
-    while not list(tmp_path.glob("train_video/*/checkpoints/step-*/manifest.json")):
-        assert child.poll() is None
-        time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
-    with pytest.raises(ValueError, match=r"resume='never': .* has one of step \d+; use 'auto' or delete it"):
+    with pytest.raises(
+        ValueError, match=rf"resume='never': .* has a checkpoint of step {reached}; use 'auto' or delete it"
+    ):
         train_video(video, dataclasses.replace(workers, resume="never"), [latents], str(tmp_path))
     assert_same(train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path)), undisturbed)
+
+
+def driver_of(latents, storage):
+    """The same run as a process with a cluster of its own, of which a worker dies when it is to stop."""
+    script = (
+        "import dataclasses, sys; from jobs.recipes import smoke_cpu; from pipeline import cluster, store\n"
+        "from pipeline.train_video import train_video\n"
+        "cluster.connect(num_cpus=2, address='local', include_dashboard=False); recipe = smoke_cpu()\n"
+        "optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=int(sys.argv[3]))\n"
+        "video = dataclasses.replace(recipe.video, optimizer=optimizer)\n"
+        "workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3,"
+        " show_every=1000)\n"
+        "train_video(video, workers, [store.Manifest.load(sys.argv[1])], sys.argv[2])\n"
+    )
+    marks = {VARIABLE: "sigterm_grace", ONCE: str(storage / "marks")}
+    command = [sys.executable, "-c", script, latents.uri, str(storage), str(NUM_STEPS)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **marks}, stderr=subprocess.PIPE, text=True
+    )
