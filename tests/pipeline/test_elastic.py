@@ -56,7 +56,7 @@ def train_through_changes(latents_uri, storage):
     )
 
     def rows():
-        (file,) = Path(storage, "elastic").glob("train_video/*/metrics/train.jsonl") or [None]
+        (file,) = Path(storage, "elastic").glob("train_video/*/metrics/train.jsonl")
         return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
     def wait_for(size, num_steps):
@@ -69,16 +69,14 @@ def train_through_changes(latents_uri, storage):
             if found.count(size) >= num_steps and found[-1] == size:
                 return
 
-    def change():
-        wait_for(2, 15)
-        machines.remove_node(second, allow_graceful=False)
-        wait_for(1, 15)
-        machines.add_node(num_cpus=1)
-
-    thread = threading.Thread(target=change, daemon=True)
+    thread = threading.Thread(target=train_video, args=(video, workers, latents, f"{storage}/elastic"), daemon=True)
     thread.start()
-    elastic = train_video(video, workers, latents, f"{storage}/elastic")
+    wait_for(2, 15)
+    machines.remove_node(second, allow_graceful=False)
+    wait_for(1, 15)
+    machines.add_node(num_cpus=1)
     thread.join()
+    elastic = train_video(video, workers, latents, f"{storage}/elastic")
     steady = train_video(video, dataclasses.replace(workers, min_workers=None), latents, f"{storage}/steady")
     sys.stdout.write(f"{elastic.uri} {steady.uri}\n")
 
