@@ -23,6 +23,7 @@ from measure import RESULTS, interleave, ratio, write_result
 from torch import Tensor
 
 from pipeline import toy, toy_checker
+from pipeline.heap import keep_freed_memory
 from pipeline.toy_scenes import VALUES, parse_caption
 from video_dit.classifier import LatentClassifier, sample_classes
 from video_dit.diffusion.guidance import GuidanceOptions, classifier_free
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=200, help="scenes of each setting")
     parser.add_argument("--parts", nargs="+", default=["packed_guidance", "samplers", "guidance", "cache"])
     options = parser.parse_args()
+    keep_freed_memory()  # as workers do
     scenes, generator = Scenes(options.num), Generator.from_pretrained(model_of(options.model))
     file = RESULTS / "sampling.json"
     figures = json.loads(file.read_text()) if file.exists() else {}

@@ -80,6 +80,7 @@ class Chain:
     ) -> None:
         self.recipe, self.source, self.storage = recipe, source, storage
         self._given_model, self._given_latents = model, latents
+        self._clips: store.Manifest | None = None  # looked up once
 
     def toy_clips(self) -> store.Manifest:
         """The toy world's files."""
@@ -87,8 +88,10 @@ class Chain:
 
     def clips(self) -> store.Manifest:
         """CLIPS of the source."""
-        source = self.source or store.join(self.toy_clips().uri, "clips")
-        return self._with_page(self._hop("curate", lambda: curate(self.recipe.curate, source, self.storage)))
+        if self._clips is None:
+            source = self.source or store.join(self.toy_clips().uri, "clips")
+            self._clips = self._hop("curate", lambda: curate(self.recipe.curate, source, self.storage))
+        return self._with_page(self._clips)
 
     def vae(self) -> store.Manifest:
         """The trained VAE."""
@@ -102,15 +105,17 @@ class Chain:
         return [store.Manifest.load(store.absolute(uri)) for uri in self._given_latents] or [self.encoded()]
 
     def encoded(self) -> store.Manifest:
-        """LATENTS of the clips, by the VAE of the model that is trained further, or by one that is trained for them."""
+        """LATENTS of the clips."""
+        encoder, clips, config = self.encoder(), self.clips(), self.recipe.encode
+        (parent,) = encoder.as_parents
+        return self._with_page(self._hop("encode", lambda: encode(config, clips, parent, encoder.uri, self.storage)))
+
+    def encoder(self) -> Model:
+        """The model whose VAE and text encoder encode: that which is trained further, or a VAE trained for the clips."""
         if self.recipe.video.start:
-            start, clips = open_model(self.recipe.video.start), self.clips()
-            model, uri = start.as_parents[0], start.uri
-        else:
-            model = self.vae()
-            uri = model_folder(model)
-            (clips,) = (store.Manifest.load(parent["uri"]) for parent in model.parents)
-        return self._with_page(self._hop("encode", lambda: encode(self.recipe.encode, clips, model, uri, self.storage)))
+            return open_model(self.recipe.video.start)
+        vae = self.vae()
+        return Model(uri=model_folder(vae), run=vae)
 
     def classifier(self) -> store.Manifest:
         """The trained classifier of the toy world's attributes; begins with the model."""
@@ -126,10 +131,12 @@ class Chain:
         """The given model, or the one that the recipe trains."""
         if self._given_model:
             return open_model(self._given_model)
-        latents = self.latents()
-        run = self._hop(
-            "train video", lambda: train_video(self.recipe.video, self.recipe.workers, latents, self.storage)
-        )
+        video, workers = self.recipe.video, self.recipe.workers
+        if video.online_actors:
+            encoder, data = self.encoder(), [self.clips()]
+        else:
+            encoder, data = None, self.latents()
+        run = self._hop("train video", lambda: train_video(video, workers, data, self.storage, encoder=encoder))
         return Model(uri=model_folder(run), run=run)
 
     def samples(self, model: Model | None = None) -> store.Manifest:

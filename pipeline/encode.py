@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline import cluster, schema, store, tasks
 from pipeline import previous as earlier
 from pipeline.errors import ClipRejected, ManifestError, RejectReason
+from pipeline.heap import keep_freed_memory
 from pipeline.stages import guard, latents
 from pipeline.stages.reader import ClipReader
 from pipeline.stages.window import Clip
@@ -159,6 +160,7 @@ class EncodeShard:
         self._clips = clips
         self._folder = folder
         self._device = "cuda" if config.num_gpus else "cpu"
+        keep_freed_memory()
         self._vae = VideoVAE.from_pretrained(model_uri, subfolder="vae").eval().to(self._device)
         self._text_encoder = load_text_encoder(model_uri, subfolder="text_encoder", device=self._device)
         self._reader = ClipReader(timeout_s=config.timeout_s)

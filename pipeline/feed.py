@@ -6,8 +6,8 @@ import queue
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -120,14 +120,18 @@ class LatentDataset:
         number, group, row = self._places[place]
         with self._lock:
             columns = self._groups.get((number, group), lambda: self._files[number].read_row_group(group).to_pydict())
-        shape, stds = columns["latents_shape"][row], columns.get("latents_std")  # tables of version 1 have none
-        std = stds[row] if stds else None
-        return LatentSample(
-            columns["clip_id"][row],
-            _tensor(columns["latents"][row], shape),
-            _tensor(columns["text"][row], columns["text_shape"][row]),
-            None if std is None else _tensor(std, shape),
-        )
+        return sample_of({name: values[row] for name, values in columns.items()})
+
+
+def sample_of(row: Mapping[str, Any]) -> LatentSample:
+    """A row of LATENTS."""
+    shape, std = row["latents_shape"], row.get("latents_std")  # tables of version 1 have none
+    return LatentSample(
+        row["clip_id"],
+        _tensor(row["latents"], shape),
+        _tensor(row["text"], row["text_shape"]),
+        None if std is None else _tensor(std, shape),
+    )
 
 
 def is_held_out(clip_id: str, share: float) -> bool:

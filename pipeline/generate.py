@@ -14,6 +14,7 @@ import ray.data
 from torch import Tensor
 
 from pipeline import media, store
+from pipeline.heap import keep_freed_memory
 from pipeline.models import Model
 from pipeline.request_files import from_json, to_json
 from video_dit.diffusion.guidance import GuidanceOptions
@@ -189,6 +190,7 @@ class GenerateBatch:
 
     def __init__(self, model_uri: str, folder: str, judge: Judge | None, make: Make) -> None:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
+        keep_freed_memory()
         self.generator = Generator.from_pretrained(model_uri, device)
         self.folder, self.judge, self.make = folder, judge, make
 

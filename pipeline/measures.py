@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline import toy, toy_checker
 from pipeline.feed import LatentDataset
 from pipeline.mixture import Samples
+from pipeline.online import OnlineDataset
 from pipeline.plan import Plan, PlanConfig
 from pipeline.toy_scenes import parse_caption
 from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch, diffusion_losses
@@ -23,7 +24,7 @@ TOY_SEED = 1  # of the prompts: others than those of evaluations
 @torch.no_grad()
 def held_out_losses(
     dit: VideoDiT,
-    data: LatentDataset,
+    data: LatentDataset | OnlineDataset,
     samples: Samples,
     empty_text: Tensor,
     diffusion: DiffusionConfig,

@@ -86,6 +86,10 @@ class WorkersConfig:
             raise ValueError(
                 f"min_workers={self.min_workers}: must be from 1 to num_workers={self.num_workers}, or None"
             )
+        if self.num_workers % self.num_replicas or (self.min_workers is not None and self.num_replicas > 1):
+            raise ValueError(
+                f"num_replicas={self.num_replicas}: must divide num_workers={self.num_workers}, and be 1 with min_workers"
+            )
 
 
 def train(task: Task, workers: WorkersConfig, folder: str, label: str) -> store.Produced:

@@ -185,6 +185,9 @@ class ClassifierTrainee:
         self.loss_function = classifier_loss
         self.no_text = torch.zeros(1, TEXT_DIM)
 
+    def begin(self, places: Iterator[int]) -> None:
+        """Samples are read when they are asked for."""
+
     def num_elements(self, step: int, pack: Pack) -> float:
         """Samples of the pack."""
         return float(len(pack))

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from pipeline import store
+from pipeline import media, store
 from pipeline.feed import BoundedCache
 from pipeline.media import Frames
 from pipeline.mixture import Samples
 from pipeline.models import model_folder
 from pipeline.plan import Pack, PlanConfig
+from pipeline.reconstruction import SCORES, latent_statistics, reconstruction_table, to_video
 from pipeline.stages.reader import ClipReader
 from pipeline.train import WorkersConfig, train
 from video_dit.generator import video_to_u8
 from video_dit.parallel.apply import Precision
-from video_dit.quality import psnr_db, ssim
 from video_dit.random import keyed_generator
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.training import OptimizerConfig
@@ -31,7 +30,7 @@ from video_dit.vae_losses import AdversarialVae, VaeLossConfig, reconstruction_l
 
 NUM_SHOWN = 4  # clips in TensorBoard each time
 RECONSTRUCTION = "reconstruction.json"
-SCORES = ("psnr_db", "ssim")
+SHEET = "reconstructions.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +153,9 @@ class VaeTrainee:
                 totals[name] = totals[name] + loss * video.numel()
         return dict(totals)
 
+    def begin(self, places: Iterator[int]) -> None:
+        """Samples are read when they are asked for."""
+
     def num_elements(self, step: int, pack: Pack) -> float:
         """Pixels times channels of the pack's crops."""
         most = self.config.crop_px
@@ -213,6 +215,8 @@ class VaeTrainee:
                 reconstruction = vae.decode(vae.encode(to_video(video_u8[None])).mean)[0]
             both = np.concatenate([video_u8, video_to_u8(reconstruction).numpy()], axis=2)
             shown[f"reconstructions/{place}"] = both
+        sheet = media.contact_sheet(list(shown.values()), [f"clip {name.split('/')[1]}, as made" for name in shown])
+        store.write_bytes(store.join(folder, SHEET), media.encode_png(sheet))
         return shown, float(self.clips[0]["fps"])
 
     def _crop_frames(self, step: int) -> int:
@@ -233,44 +237,7 @@ def random_crop(video_u8: Frames, max_frames: int, max_px: int, *key: int | str)
     return video_u8[t0 : t0 + t, y0 : y0 + h, x0 : x0 + w]
 
 
-def to_video(videos_u8: Frames) -> Tensor:
-    """b t h w c uint8 -> b c t h w in [-1, 1]."""
-    return rearrange(torch.from_numpy(videos_u8).float() / 127.5 - 1, "b t h w c -> b c t h w").contiguous()
-
-
-@torch.no_grad()
-def latent_statistics(vae: VideoVAE, videos_u8: Sequence[Frames]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each raw latent channel over all places of the videos."""
-    raw = [vae.encode(video).raw_mean for video in _each(videos_u8)]
-    values = torch.cat([rearrange(latents, "1 c t h w -> c (t h w)") for latents in raw], dim=1).double()
-    return values.mean(dim=1).tolist(), values.std(dim=1).clamp_min(1e-6).tolist()
-
-
-@torch.no_grad()
-def reconstruction_table(vae: VideoVAE, videos_u8: Sequence[Frames]) -> list[dict[str, Any]]:
-    """A row a shape: "frames", "height_px", "width_px", "clips", and the clips' mean "psnr_db" and "ssim"."""
-    found: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
-    for video in _each(videos_u8):
-        reconstruction = vae.decode(vae.encode(video).mean)
-        found[tuple(video.shape[2:])].append(
-            (float(psnr_db(reconstruction, video)), float(ssim(reconstruction, video)))
-        )
-    return [
-        {
-            **dict(zip(("frames", "height_px", "width_px"), shape, strict=True)),
-            "clips": len(values),
-            **dict(zip(SCORES, np.mean(values, axis=0).tolist(), strict=True)),
-        }
-        for shape, values in sorted(found.items())
-    ]
-
-
 def read_reconstruction(run: store.Manifest) -> list[dict[str, Any]]:
     """What a finished run measured: see `reconstruction_table`."""
     table: list[dict[str, Any]] = store.read_json(store.join(model_folder(run), RECONSTRUCTION))
     return table
-
-
-def _each(videos_u8: Sequence[Frames]) -> Iterator[Tensor]:
-    for video_u8 in videos_u8:
-        yield to_video(video_u8[None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pipeline.feed import LatentDataset
 from pipeline.measures import held_out_losses, is_toy_world, toy_scores
 from pipeline.media import Frames
 from pipeline.models import Model, open_model
+from pipeline.online import OnlineDataset
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import WorkersConfig, train
 from video_dit import weights
@@ -44,6 +45,9 @@ class TrainVideoConfig:
         plan: token budget and batch; `quadratic_tokens` is best 2 d + ffn_dim.
         optimizer: learning rate and length.
         precision: of weights and activations in the blocks; see `ParallelConfig`.
+        online_actors: encode the clips while training runs, by so many processes for each worker, and store nothing; 0
+            trains on LATENTS.
+        online_gpus: of each of those processes.
         held_out_share: share of the clips that are not trained on; their loss is measured.
         num_validation_prompts: of the toy world, made and judged whenever a model is written.
         num_steps, guidance_scale: what the model folder tells to be sampled with.
@@ -58,6 +62,8 @@ class TrainVideoConfig:
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     precision: Precision = "fp32"
+    online_actors: int = 0
+    online_gpus: float = 0.0
     held_out_share: float = 0.02
     num_validation_prompts: int = 16
     num_steps: int = SamplingConfig.num_steps
@@ -79,15 +85,18 @@ def train_video(
     latents: Sequence[store.Manifest],
     storage: str,
     name: str = "video",
+    encoder: Model | None = None,
 ) -> store.Manifest:
     """Train, or return the run that the same call finished before.
 
     Args:
         config: decides the result.
         workers: resources; do not.
-        latents: what `encode` published, one or several data sets; names the folder of the VAE that made them.
+        latents: what `encode` published, one or several data sets; names the folder of the VAE that made them. What
+            `curate` published, with an `encoder`.
         storage: root of all results; a file system that all workers share.
         name: of the run.
+        encoder: model whose VAE and text encoder encode clips while training runs.
 
     Raises:
         ManifestError: data sets that were made with different VAEs.
@@ -95,9 +104,14 @@ def train_video(
     """
     start = open_model(config.start) if config.start else None
     dit = weights.read_config(VideoDiTConfig, start.uri, "transformer") if start else config.dit
-    _check_fits(dit, encoder_folder(latents))
+    if (encoder is not None) != (config.online_actors > 0):
+        raise ValueError(f"online_actors={config.online_actors}: must be positive with an encoder, and 0 without")
+    _check_fits(dit, encoder.uri if encoder else encoder_folder(latents))
     task = VideoTask(
         latents_uris=tuple(manifest.uri for manifest in latents),
+        encoder_uri=encoder.uri if encoder else None,
+        online_actors=config.online_actors,
+        online_gpus=config.online_gpus,
         start_uri=start.uri if start else None,
         lora=config.lora,
         dit=dit,
@@ -114,10 +128,17 @@ def train_video(
         storage,
         "train_video",
         name,
-        {**dataclasses.asdict(config), "start": start.name if start else None, "num_data_sets": len(latents)},
-        [*latents, *(start.as_parents if start else ())],
+        {**_identity(config), "start": start.name if start else None, "num_data_sets": len(latents)},
+        [*latents, *(encoder.as_parents if encoder else ()), *(start.as_parents if start else ())],
         lambda folder: train(task, workers, folder, "video transformer"),
     )
+
+
+def _identity(config: TrainVideoConfig) -> dict[str, Any]:
+    """What decides the result: not by how many processes clips are encoded."""
+    fields = dataclasses.asdict(config)
+    del fields["online_gpus"]
+    return {**fields, "online_actors": bool(config.online_actors)}
 
 
 def _check_fits(dit: VideoDiTConfig, encoder: str) -> None:
@@ -154,6 +175,8 @@ def latents_of(model: Model) -> list[store.Manifest]:
     if run is None or run.verb != "train_video":
         found = "no run is known" if run is None else f"{run.uri} is a run of {run.verb}"
         raise ManifestError(f"{model.uri}: {found}: give the folder of a finished run of train_video as --model")
+    if run.config["online_actors"]:
+        raise ManifestError(f"{run.uri} kept no latents (video.online_actors): encode its clips, and train on them")
     return [store.Manifest.load(parent["uri"]) for parent in run.parents[: run.config["num_data_sets"]]]
 
 
@@ -161,7 +184,7 @@ def latents_of(model: Model) -> list[store.Manifest]:
 class LatentTask:
     """What trainings of a transformer on LATENTS share; see `pipeline.trainee.Task`."""
 
-    latents_uris: tuple[str, ...]
+    latents_uris: tuple[str, ...]  # of CLIPS where they are encoded while training runs
     dit: VideoDiTConfig
     diffusion: DiffusionConfig
     plan: PlanConfig
@@ -171,6 +194,9 @@ class LatentTask:
     precision: Precision = "fp32"
     held_out_share: float = 0.0
     num_validation_prompts: int = 0
+    encoder_uri: str | None = None  # of clips that are encoded while training runs
+    online_actors: int = 0
+    online_gpus: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,11 +217,23 @@ class LatentTrainee:
     def __init__(self, task: LatentTask) -> None:
         manifests = [store.Manifest.load(uri) for uri in task.latents_uris]
         self.task = task
-        self.encoder_folder = encoder_folder(manifests)
-        self.data = LatentDataset(*manifests)
+        self.data: LatentDataset | OnlineDataset
+        if task.encoder_uri is not None:
+            self.encoder_folder = task.encoder_uri
+            self.data = OnlineDataset(
+                task.encoder_uri, *manifests, num_actors=task.online_actors, num_gpus=task.online_gpus
+            )
+        else:
+            self.encoder_folder = encoder_folder(manifests)
+            self.data = LatentDataset(*manifests)
         self.text = load_text_encoder(self.encoder_folder)
         self.samples = self.data.samples(task.dit.patch, task.held_out_share)
         self.empty_text = self.text([""])[0]
+
+    def begin(self, places: Iterator[int]) -> None:
+        """Clips begin to be encoded, where they are encoded while training runs."""
+        if isinstance(self.data, OnlineDataset):
+            self.data.begin(places)
 
     def num_elements(self, step: int, pack: Pack) -> float:
         """Tokens of the pack."""

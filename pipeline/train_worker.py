@@ -18,7 +18,7 @@ from pipeline.errors import RejectReason
 from pipeline.feed import Timed, prefetch
 from pipeline.heap import keep_freed_memory
 from pipeline.interruptions import Interruptions
-from pipeline.plan import Plan, Step, packs_of_rank
+from pipeline.plan import Pack, Plan, Step, packs_of_rank
 from pipeline.run_log import RunLog
 from pipeline.trainee import HasParts, Task, Trainee
 from video_dit.parallel.apply import ParallelConfig, parallelize
@@ -105,6 +105,7 @@ class Worker:
             log = RunLog(
                 self.root, self.root / METRICS, self.state.step, self.world.size, self.config.workers["trackers"]
             )
+        self.trainee.begin(self._own_places(self.state.step))
         batches = prefetch(self._batches(self.state.step))
         stall_s = 0.0  # of the checkpoint before this step
         while self.state.step < self.task.optimizer.num_steps:
@@ -141,6 +142,8 @@ class Worker:
     def _batches(self, start: int) -> Iterator[StepBatch]:
         num_tokens = self.trainee.samples.num_tokens
         for number, step in self.plan.steps(start):
+            if number >= self.task.optimizer.num_steps:
+                return
             yield StepBatch(
                 step=number,
                 micro_batches=self._own_part(number, step),
@@ -150,16 +153,31 @@ class Worker:
                 flops=sum(self.trainee.flops(pack) for pack in step.packs),
             )
 
+    def _own_places(self, start: int) -> Iterator[int]:
+        """Samples that this rank loads, in order."""
+        for number, step in self.plan.steps(start):
+            if number >= self.task.optimizer.num_steps:
+                return
+            for pack, _ in self._own_packs(step):
+                yield from pack
+
+    def _own_packs(self, step: Step) -> list[tuple[Pack, float]]:
+        """This rank's packs of a step with their weights, or those of its group."""
+        size = self._sharers(step)
+        return packs_of_rank(step, self.world.rank // size, self.world.size // size)
+
     def _own_part(self, number: int, step: Step) -> list[MicroBatch]:
         """This rank's packs of a step, or its runs of tokens in the packs of its group."""
-        size = self.world.mesh["context"].size() if step.is_shared else 1
-        group, place = divmod(self.world.rank, size)
-        batches = []
-        for pack, weight in packs_of_rank(step, group, self.world.size // size):
+        size, batches = self._sharers(step), []
+        for pack, weight in self._own_packs(step):
             inputs = self.trainee.load(number, pack)
-            inputs = inputs if size == 1 else inputs.shard(place, size)
+            inputs = inputs if size == 1 else inputs.shard(self.world.rank % size, size)
             batches.append(MicroBatch(inputs=inputs, weight=weight, sample_ids=self.trainee.sample_ids(pack)))
         return batches
+
+    def _sharers(self, step: Step) -> int:
+        """Processes that run each pack of a step together."""
+        return self.world.mesh["context"].size() if step.is_shared else 1
 
     def _write_rejects(self) -> None:
         """What the plan leaves out, and why."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class Trainee(Protocol):
     @property
     def samples(self) -> Samples:
         """What there is to train on; packs are of places in it."""
+
+    def begin(self, places: Iterator[int]) -> None:
+        """Told once, before `load`: the samples that it will be asked for, in order."""
 
     def num_elements(self, step: int, pack: Pack) -> float:
         """How many elements the loss of a pack is summed over in a step."""

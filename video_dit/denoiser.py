@@ -59,11 +59,16 @@ class GuidedDenoiser:
             tokens: n (c pt ph pw).
             timestep: in [0, 1000]: a number, or n 1, the same for all tokens of a frame.
         """
-        timestep = timestep.to(tokens.device).expand(tokens.shape[0], 1)
-        timesteps = timestep.float()[self.first_tokens, 0]  # f
-        sigma = self.schedule.sigma_of(timestep)
-        is_given = self.is_given & (timestep == 0)
-        level = self.schedule.level(sigma.masked_fill(is_given, float(sigma.max())))  # theirs does not matter
+        timestep = timestep.to(tokens.device)
+        if timestep.ndim:
+            timesteps = timestep.float()[self.first_tokens, 0]  # f
+        else:
+            timesteps = timestep.float().expand(len(self.first_tokens))
+        sigma, is_given = self.schedule.sigma_of(timestep), self.is_given
+        if self.any_given:
+            is_given = is_given & (timestep == 0)
+            sigma = sigma.expand(is_given.shape).masked_fill(is_given, float(sigma.max()))  # theirs does not matter
+        level = self.schedule.level(sigma)
         if self.guidance.is_needed(level.sigma):
             prediction = self._guide(tokens, timesteps, level, is_given)
         else:
@@ -72,10 +77,11 @@ class GuidedDenoiser:
         return self.guidance.start_from_rest(tokens, prediction, level)
 
     def _guide(self, tokens: Tensor, timesteps: Tensor, level: Level, is_given: Tensor) -> Tensor:
-        both = self.both.replace(
-            tokens=torch.cat([tokens, tokens[self.guided_tokens]]),
-            timesteps=torch.cat([timesteps, timesteps[self.guided_frames]]),
-        )
+        if len(self.guided_tokens) == len(tokens):
+            again = tokens, timesteps
+        else:
+            again = tokens[self.guided_tokens], timesteps[self.guided_frames]
+        both = self.both.replace(tokens=torch.cat([tokens, again[0]]), timesteps=torch.cat([timesteps, again[1]]))
         predictions = self.dit(both, self.cache, self.text_keys)
         conditional, others = predictions.split([len(tokens), len(self.guided_tokens)])
         is_whole = len(others) == len(conditional)

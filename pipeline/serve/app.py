@@ -49,6 +49,7 @@ class VideoWorker:
 
     def __init__(self, config: ServeConfig) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        keep_freed_memory()
         generator = import_module(config.generator).Generator.from_pretrained(config.model, device=device)
         self._worker = Worker(config, JobStore(config.database_url), generator)
         self._worker.start()

@@ -101,6 +101,26 @@ def test_any_number_of_workers_gives_the_same_losses_and_weights(latents, model,
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-4
 
 
+def test_clips_longer_than_a_pack_are_shared_by_workers_or_rejected(latents, recipe, tmp_path):
+    """Two workers share what one runs whole; those longer still are in REJECTS, and nothing is lost."""
+    sizes = [
+        (shape[1]) * (shape[2] // 2) * (shape[3] // 2) for shape in latents.read("latents")["latents_shape"].to_pylist()
+    ]
+    budget = sorted(sizes)[len(sizes) // 2] // 2 + 1  # with two processes, half of the clips fit
+    runs = []
+    for num_workers in (1, 2):
+        plan = dataclasses.replace(recipe.video.plan, token_budget=budget, context_size=2)
+        video = dataclasses.replace(recipe.video, plan=plan, held_out_share=0.0)
+        workers = dataclasses.replace(recipe.workers, num_workers=num_workers, cpus_per_worker=1)
+        runs.append(train_video(video, workers, [latents], str(tmp_path / str(num_workers))))
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=1e-5)
+    rejects = runs[0].read("rejects").to_pylist()
+    assert {row["reason"] for row in rejects} == {"too_long"}
+    assert runs[0].counts == {"step": 20, "samples": 48 - len(rejects), "rejects": len(rejects)}
+    assert len(rejects) == sum(size > 2 * budget for size in sizes) > 0
+    assert sum(budget < size <= 2 * budget for size in sizes) > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(latents, recipe, tmp_path):
     diverging = dataclasses.replace(
         recipe.video, optimizer=dataclasses.replace(recipe.video.optimizer, learning_rate=1e30, warmup_steps=0)

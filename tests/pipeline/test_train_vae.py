@@ -9,7 +9,8 @@ import torch
 
 from jobs.recipes import toy_cpu
 from pipeline import media, store
-from pipeline.train_vae import VaeTask, latent_statistics, random_crop, reconstruction_table, to_video
+from pipeline.reconstruction import latent_statistics, reconstruction_table, to_video
+from pipeline.train_vae import VaeTask, random_crop
 from video_dit.train_step import MicroBatch, train_step
 from video_dit.training import SingleProcess, TrainState
 from video_dit.vae import VideoVAE

@@ -143,22 +143,33 @@ class Guidance:
         self.low, self.high = self._spread(low), self._spread(high)
         self.zero_above = self._spread([option.zero_above for option in options])
         self.running: Tensor | None = None
+        # what no sample asks for costs nothing, which counts for small packs
+        self._is_ever_needed = any(scale != 1 for scale in scales)
+        self._is_everywhere = all(option.interval == (0.0, 1.0) for option in options)
+        self._may_rest = any(option.zero_above <= 1 for option in options)
+        self._is_plain = not any(option.zero_star or option.is_projected or option.rescale for option in options)
 
     def _spread(self, values: Sequence[float]) -> Tensor:
         return self.samples.spread(torch.tensor(values, dtype=torch.float32))
 
     def scale_at(self, sigma: Tensor) -> Tensor:
         """n 1: of classifier-free guidance at a noise level; 1 outside of a sample's interval."""
+        if self._is_everywhere:
+            return self.scale
         sigma = sigma.to(self.scale)
         return torch.where((self.low <= sigma) & (sigma <= self.high), self.scale, 1)
 
     def is_needed(self, sigma: Tensor) -> bool:
         """Whether any sample wants the unconditional prediction at a noise level."""
+        if self._is_everywhere:
+            return self._is_ever_needed
         return bool((self.scale_at(sigma) != 1).any())
 
     def __call__(self, x: Tensor, conditional: Tensor, unconditional: Tensor, level: Level) -> Tensor:
         """n c each, to the prediction to go on with, n c."""
         scale = self.scale_at(level.sigma)
+        if self._is_plain:
+            return classifier_free(conditional, unconditional, scale)
         if any(option.zero_star for option in self.options):
             is_fitted = self._spread([option.zero_star for option in self.options]) > 0
             unconditional = torch.where(is_fitted, fitted(unconditional, conditional, self.samples), unconditional)
@@ -173,6 +184,8 @@ class Guidance:
 
     def start_from_rest(self, x: Tensor, prediction: Tensor, level: Level) -> Tensor:
         """The prediction of samples whose velocity is taken as zero at this level, n c: their x stays as it is."""
+        if not self._may_rest:
+            return prediction
         is_at_rest = level.sigma.to(self.zero_above) >= self.zero_above
         if not is_at_rest.any():
             return prediction
