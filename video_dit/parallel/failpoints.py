@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import signal
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 VARIABLE = "KINORAY_FAILPOINTS"  # such as "before_commit:3,mid_prune": the third time there, the first time here
 ONCE = "KINORAY_FAILPOINTS_ONCE"  # a folder of marks: each place kills one process, however many reach it
 
-_passed: collections.Counter[str] = collections.Counter()
+_passed: dict[str, int] = {}
 
 
 def reach(name: str) -> None:
@@ -18,7 +17,7 @@ def reach(name: str) -> None:
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
-    _passed[name] += 1
+    _passed[name] = _passed.get(name, 0) + 1
     for place in wanted.split(","):
         where, _, number = place.partition(":")
         if where == name and _passed[name] == int(number or 1) and _is_first(place):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,6 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from video_dit.parallel.failpoints import reach
+
+
+@contextlib.contextmanager
+def group_of_torchrun() -> Iterator[None]:
+    """Inside, this process is in the default group of those that torchrun started."""
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class DistributedWorld:
