@@ -6,7 +6,8 @@
 A run's transformer, on its LATENTS, on a CPU.
 loop: seconds a step through Ray Train against a bare loop of the same step under torchrun, both with prefetching, in
 turns; with start-up stated beside it.
-packing: tokens a second of packed steps against batches padded to their largest clip, forward and backward, in turns.
+packing: tokens a second of packed steps against batches padded to their largest clip, with the padding masked as keys,
+and without (which trains on padding), forward and backward, in turns.
 checkpoints: the share of a run that stood still for checkpoints, and that a run with them takes longer.
 workers: tokens a second of 1, 2 and 4 workers (of as many cores as there are).
 goodput: SIGKILL of a worker every so many seconds; the share of the time that went into steps that counted, and where
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -35,7 +37,9 @@ from typing import Any
 
 import psutil
 import torch
+from einops import rearrange
 from measure import RESULTS, Ratio, interleave, ratio, write_result, write_table
+from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline import store
 from pipeline.feed import prefetch
@@ -45,6 +49,7 @@ from pipeline.plan import Plan, PlanConfig, packs_of_rank
 from pipeline.train import WorkersConfig
 from pipeline.train_video import TrainVideoConfig, VideoTask, VideoTrainee, latents_of, train_video
 from video_dit import weights
+from video_dit.attention import attend
 from video_dit.diffusion.losses import DiffusionConfig, diffusion_batch, diffusion_losses
 from video_dit.model import VideoDiTConfig
 from video_dit.parallel.apply import ParallelConfig, parallelize
@@ -61,16 +66,19 @@ NEVER = 10**9
 def main() -> None:
     """Measure the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of a finished run of train_video")
+    parser.add_argument("--run", help="folder of a finished run of train_video")
     parser.add_argument("--parts", nargs="+", default=["loop", "packing", "checkpoints", "workers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=15, help="of goodput")
     parser.add_argument("--kill-every", type=float, default=60, help="seconds, of goodput")
-    parser.add_argument("--bare", metavar="FILE", help="only the bare loop, under torchrun")
+    parser.add_argument("--bare", nargs=2, metavar=("RUN", "FILE"), help="only the bare loop, under torchrun")
     options = parser.parse_args()
     if options.bare:
-        bare_loop(task_of(options.run), options.bare)
+        run, file = options.bare
+        bare_loop(task_of(run), file)
         return
+    if not options.run:
+        parser.error("--run: give the folder of a finished run")
     from pipeline import cluster
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -212,7 +220,7 @@ def _ray_ends(bench: Bench) -> list[float]:
 def _bare_ends(bench: Bench) -> list[float]:
     file = f"{bench.folder}/ends.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    subprocess.run([*command, "--run", bench.run, "--bare", file], check=True, capture_output=True)
+    subprocess.run([*command, "--bare", bench.run, file], check=True, capture_output=True)
     ends: list[float] = json.loads(Path(file).read_text())
     return ends
 
@@ -225,17 +233,21 @@ def packing(bench: Bench, num_packs: int = 24) -> dict[str, Any]:
     torch.set_num_threads(2)
     task, trainee = bench.task, bench.task.build()
     packs = [pack for step in Plan(trainee.samples, task.plan).epoch(0) for pack in step.packs][:num_packs]
-    candidates = {}
-    for name, shape_of in (("packed", None), ("padded", _largest)):
-        batches = [_batch(trainee, pack, shape_of) for pack in packs]
-        candidates[name] = lambda batches=batches: _run_all(trainee, batches)
+    packed, padded = ([_batch(trainee, pack, shape_of) for pack in packs] for shape_of in (None, _largest))
+    masks = [_mask(trainee, pack) for pack in packs]
+    candidates = {
+        "packed": lambda: _run_all(trainee, packed),
+        "padded": lambda: _run_all(trainee, padded, masks),
+        "padded, no mask": lambda: _run_all(trainee, padded),
+    }
     useful = sum(int(trainee.samples.num_tokens[list(pack)].sum()) for pack in packs)
-    padded = sum(len(pack) * _grid_tokens(trainee, pack) for pack in packs)
+    num_padded = sum(len(pack) * _grid_tokens(trainee, pack) for pack in packs)
     times = interleave(candidates, rounds=5)
     return {
         "packed_over_padded": ratio(times, "packed", "padded")._asdict(),
+        "packed_over_padded_without_mask": ratio(times, "packed", "padded, no mask")._asdict(),
         "tokens_per_s": {name: useful / statistics.median(values) for name, values in times.items()},
-        "padding": padded / useful,
+        "padding": num_padded / useful,
     }
 
 
@@ -266,8 +278,28 @@ def _batch(trainee: VideoTrainee, pack: tuple[int, ...], shape_of: Callable[...,
     )
 
 
-def _run_all(trainee: VideoTrainee, batches: list[Any]) -> None:
-    for batch in batches:
+def _mask(trainee: VideoTrainee, pack: tuple[int, ...]) -> torch.Tensor:
+    """b n, of the padded batch: which tokens are of the clips."""
+    patch, largest = trainee.task.dit.patch, _largest(trainee, pack)
+    mask = torch.zeros(len(pack), *(side // step for side, step in zip(largest, patch, strict=True)), dtype=torch.bool)
+    for number, place in enumerate(pack):
+        t, h, w = trainee.data.shapes[place].grid(patch)
+        mask[number, :t, :h, :w] = True
+    return mask.flatten(1)
+
+
+def _masked(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: object) -> torch.Tensor:
+    """Stands for `attend` of a batch of equal samples, whose padding is no key: n heads e each."""
+    del segments
+    q, k, v = (rearrange(x, "(b n) heads e -> b heads n e", b=len(mask)) for x in (q, k, v))
+    y = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return rearrange(y, "b heads n e -> (b n) heads e")
+
+
+def _run_all(trainee: VideoTrainee, batches: list[Any], masks: list[torch.Tensor] | None = None) -> None:
+    for number, batch in enumerate(batches):
+        for block in trainee.model.blocks:
+            block.self_attention.attend = attend if masks is None else functools.partial(_masked, masks[number])
         trainee.model.zero_grad()
         diffusion_losses(trainee.model, batch).trained["loss"].backward()
 
@@ -397,7 +429,7 @@ def table(figures: dict[str, Any]) -> str:
         )
     if "packing" in figures:
         found = Ratio(**figures["packing"]["packed_over_padded"])
-        lines.append(f"| tokens a second, packed over padded to the largest clip of a batch | {found} |")
+        lines.append(f"| tokens a second, packed over padded to the largest clip of a batch, and masked | {found} |")
     if "checkpoints" in figures:
         found = figures["checkpoints"]
         share = f"{100 * found['stall_share']['median']:.2f} %"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from runs import losses_of
 
-from pipeline.chain import Chain
 from pipeline.errors import ManifestError
 from pipeline.feed import LatentDataset
 from pipeline.models import Model, model_folder
@@ -82,8 +81,3 @@ def test_encoder_and_number_of_processes_go_together(chain, recipe, latents, enc
     online = dataclasses.replace(recipe.video, online_actors=2)
     with pytest.raises(ValueError, match="online_actors=2: .* 0 without"):
         train_video(online, recipe.workers, [latents], str(tmp_path))
-
-
-def test_the_chain_leaves_the_encoding_out(chain, recipe):
-    video = dataclasses.replace(recipe.video, online_actors=1)
-    assert Chain(dataclasses.replace(recipe, video=video), None, chain.storage).model().run.config["online_actors"]
