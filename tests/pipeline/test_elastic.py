@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,13 @@ def plain_losses(recipe, latents):
 
 
 def test_a_run_shrinks_and_grows_with_the_cluster(recipe, latents, tmp_path):
-    # Ray waits so long for the lost machine before it goes on without
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8"}
     command = [sys.executable, __file__, latents.uri, str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # of the cluster, or others would take it for theirs
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "8"  # for the lost machine, before it goes on without
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     run = store.Manifest.load(ended.stdout.split()[-1])
     assert losses_of(run) == pytest.approx(plain_losses(recipe, latents), abs=1e-5)
@@ -69,6 +73,7 @@ def train_through_changes(latents_uri, storage):
     import threading
     import time
 
+    import ray
     from ray.cluster_utils import Cluster
 
     from jobs.recipes import smoke_cpu
@@ -108,6 +113,8 @@ def train_through_changes(latents_uri, storage):
     machines.add_node(num_cpus=1)
     thread.join()
     sys.stdout.write(f"{train_video(*arguments).uri}\n")
+    ray.shutdown()
+    machines.shutdown()
 
 
 if __name__ == "__main__":

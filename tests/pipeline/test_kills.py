@@ -47,8 +47,7 @@ class Job:
         command = [sys.executable, "-m", "tests.pipeline.hops", str(source), str(storage), model_uri]
         home = storage.parent / "home"
         home.mkdir(exist_ok=True)
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(home)}
-        environment.pop("RAY_ADDRESS", None)
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(home), "RAY_ADDRESS": "local"}
         self._log = storage.with_suffix(".log").open("a")
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True)
         self._family = set()
