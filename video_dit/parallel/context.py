@@ -56,7 +56,7 @@ class UlyssesAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
-        if is_whole(q, segments):
+        if is_whole(q, segments, self.group):
             return self.attend(q, k, v, segments)
         size = self.group.size()
         lengths = shard_lengths(sum(segments.q_lengths), size)
@@ -77,16 +77,16 @@ class AllGatherAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """The arguments of `attend`, with the segments of the whole pack."""
-        if is_whole(q, segments):
+        if is_whole(q, segments, self.group):
             return self.attend(q, k, v, segments)
         both = gather_tokens(torch.stack([k, v], dim=1), sum(segments.q_lengths), self.group)  # whole n, 2 heads e
         k, v = both.unbind(1)
         return self.attend(q, k, v, _own_queries(segments, self.group.rank(), self.group.size()))
 
 
-def is_whole(q: Tensor, segments: Segments) -> bool:
-    """Whether a process has all tokens of the pack."""
-    return q.shape[0] == sum(segments.q_lengths)
+def is_whole(q: Tensor, segments: Segments, group: dist.ProcessGroup) -> bool:
+    """Whether a process has all tokens of the pack, though it could share them."""
+    return group.size() > 1 and q.shape[0] == sum(segments.q_lengths)
 
 
 @functools.lru_cache(maxsize=64)  # the same for all blocks

@@ -212,7 +212,7 @@ def test_death_anywhere_in_a_save_leaves_a_checkpoint_to_go_on_from(world, tmp_p
     """A process that saves steps 1, 2, 3, ... dies at the third one."""
     command = [sys.executable, __file__, str(tmp_path)]
     number = {"mid_shard_write": 5 * writes_of_a_save // 2, "mid_prune": 1}.get(place, 3)
-    environment = {**os.environ, VARIABLE: f"{place}:{number}"}
+    environment = {**os.environ, VARIABLE: f"{place}:{number}", "PYTHONPATH": str(Path(__file__).parents[3])}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
     state = restored(world, str(tmp_path))
