@@ -153,6 +153,19 @@ def test_sigterm_saves_a_checkpoint_and_only_who_wants_to_goes_on(video, workers
     assert_same(train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path)), undisturbed)
 
 
+def test_a_driver_killed_with_all_its_processes_is_gone_on_from(video, workers, latents, undisturbed, tmp_path):
+    """As when the machine goes down."""
+    (tmp_path / "marks").mkdir()
+    child = driver_of(latents, tmp_path)
+    while not list(tmp_path.glob("train_video/*/checkpoints/step-*/manifest.json")):
+        assert child.poll() is None
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert not list(tmp_path.glob("train_video/*/manifest.json"))
+    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
+
+
 def driver_of(latents, storage):
     """The same run as a process with a cluster of its own, of which a worker dies when it is to stop."""
     script = (
@@ -168,5 +181,10 @@ def driver_of(latents, storage):
     marks = {VARIABLE: "sigterm_grace", ONCE: str(storage / "marks")}
     command = [sys.executable, "-c", script, latents.uri, str(storage), str(NUM_STEPS)]
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **marks}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", **marks},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
