@@ -13,6 +13,7 @@ from pipeline import store
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
+    from pipeline.run_card import RunCard
 
 
 def hop_done(label: str, manifest: store.Manifest, elapsed_s: float) -> None:
@@ -66,27 +67,48 @@ def reconstruction_table(rows: Sequence[Mapping[str, float]]) -> None:
 
 def estimate_card(found: Estimate, num_gpus: int, gpu: str, utilisation: float) -> None:
     """Show what a training run will need."""
-    table = Table(title=f"training on {num_gpus} x {gpu}", title_justify="left", show_header=False)
-    for name, value in (
-        ("parameters", f"{found.num_parameters:,}"),
-        ("tokens per step", f"{found.tokens_per_step:,}"),
-        ("operations per step", f"{found.flops_per_step:.3g}"),
-        ("memory of a GPU", readable(found.memory_bytes)),
-        ("  weights, average, gradients, moments", readable(found.state_bytes)),
-        ("  gathered weights", readable(found.gathered_bytes)),
-        ("  activations of a pack", readable(found.activation_bytes)),
-        ("a checkpoint on disk", readable(found.checkpoint_bytes)),
-        *(
-            ()
-            if found.step_s is None or found.hours is None
-            else (
-                (f"a step, at {utilisation:.0%} of the peak", f"{found.step_s:.3g} s"),
-                (f"{found.num_steps:,} steps", f"{found.hours:,.2f} h"),
-            )
-        ),
-    ):
-        table.add_row(name, value)
-    _console().print(table)
+    rows = {
+        "parameters": f"{found.num_parameters:,}",
+        "tokens per step": f"{found.tokens_per_step:,}",
+        "operations per step": f"{found.flops_per_step:.3g}",
+        "memory of a GPU": readable(found.memory_bytes),
+        "  weights, average, gradients, moments": readable(found.state_bytes),
+        "  gathered weights": readable(found.gathered_bytes),
+        "  activations of a pack": readable(found.activation_bytes),
+        "a checkpoint on disk": readable(found.checkpoint_bytes),
+    }
+    if found.step_s is not None and found.hours is not None:
+        rows[f"a step, at {utilisation:.0%} of the peak"] = f"{found.step_s:.3g} s"
+        rows[f"{found.num_steps:,} steps"] = f"{found.hours:,.2f} h"
+    _console().print(_card(f"training on {num_gpus} x {gpu}", rows))
+
+
+def run_card(card: RunCard, label: str) -> Table:
+    """What a training run is that is about to begin."""
+    trained = f", {card.num_trained:,} trained" if card.num_trained < card.num_parameters else ""
+    left_out = [f"{card.num_held_out:,} held out"] * (card.num_held_out > 0)
+    left_out += [f"{card.num_rejected:,} too long"] * (card.num_rejected > 0)
+    rows = {
+        "parameters": f"{card.num_parameters:,}{trained}",
+        "samples": ", ".join([f"{card.num_samples:,}", *left_out]),
+        "steps": f"{card.start_step:,} to {card.num_steps:,}, {card.num_epochs:.1f} epochs in all",
+        "a step": f"{card.samples_per_step:,.0f} samples, {card.tokens_per_step:,.0f} tokens",
+        "packs": f"{card.fill:.1%} full",
+        "workers": f"{card.num_workers}",
+        "each holds": f"{readable(card.held_bytes)} of weights, average, gradients and moments, and activations",
+        "a checkpoint": f"{readable(card.checkpoint_bytes)}, every {card.checkpoint_every:,} steps",
+    }
+    if card.flops_per_step and card.peak_flops:
+        hours = (card.num_steps - card.start_step) * card.flops_per_step / card.peak_flops / 3600
+        rows["at the devices' peak"] = f"{hours:,.2f} h; trainings reach a third of it at best"
+    return _card(label, rows)
+
+
+def _card(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
 
 
 def readable(num_bytes: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -150,6 +151,23 @@ def _group_bytes(columns: dict[str, list]) -> int:
 
 def _tensor(data: bytes, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.float16).reshape(shape).astype(np.float32))
+
+
+def pinned(value: Any) -> Any:
+    """The same with tensors in page-locked memory, from which a GPU fetches them while it computes.
+
+    Tensors are looked for in dataclasses, tuples, lists and dicts.
+    """
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: pinned(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, dict):
+        return {name: pinned(each) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(pinned, value))
+    return type(value)(map(pinned, value)) if isinstance(value, tuple | list) else value
 
 
 class Timed(NamedTuple, Generic[Value]):

@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import media
 
+TRAIN_LOG = "train.jsonl"
+
 
 class MetricsLog:
     """Appends to `folder/train.jsonl` and to TensorBoard event files in `folder`.
@@ -20,7 +22,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "train.jsonl"
+        path = folder / TRAIN_LOG
         kept = [line for line in _lines(path) if json.loads(line)["step"] < start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)

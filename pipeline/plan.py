@@ -70,6 +70,10 @@ class PlanConfig:
         """Tokens of the longest sample that there is a pack for."""
         return self.token_budget * self.context_size
 
+    def budget_of(self, step: Step) -> int:
+        """Most tokens of each of its packs."""
+        return self.longest if step.is_shared else self.token_budget
+
 
 class Plan:
     """All steps of a run over some samples.
@@ -79,6 +83,7 @@ class Plan:
         config: budget, batch, stages and seed.
 
     Attributes:
+        samples, config: as given.
         rejected: places of samples that are too long for any pack.
 
     Raises:
@@ -86,7 +91,7 @@ class Plan:
     """
 
     def __init__(self, samples: Samples, config: PlanConfig) -> None:
-        self.config = config
+        self.samples, self.config = samples, config
         self._num_tokens = samples.num_tokens.tolist()
         self._cost = (samples.num_tokens * (1 + samples.num_tokens / config.quadratic_tokens)).tolist()
         fits = samples.num_tokens <= config.longest

@@ -22,6 +22,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.console import run_card
+from pipeline.metrics_log import TRAIN_LOG
+from pipeline.run_card import CARD, RunCard
+
 LINE_EVERY_S = 10.0
 
 
@@ -41,11 +45,18 @@ class Stopwatch:
 
 
 @contextmanager
-def watch(metrics: Path, num_steps: int, label: str) -> Iterator[None]:
-    """Show loss, tokens/s and ETA while the block runs: a bar on a terminal, else a line every ten seconds."""
+def watch(folder: Path, num_steps: int, label: str) -> Iterator[None]:
+    """Show a run's card, then loss, tokens/s and ETA while the block runs: a bar on a terminal, else lines.
+
+    Args:
+        folder: where the run will write its metrics; an earlier attempt's card is removed.
+        num_steps: of the run.
+        label: for the bar.
+    """
+    (folder / CARD).unlink(missing_ok=True)
     stop = threading.Event()
     show = _show_bar if sys.stderr.isatty() else _show_lines
-    thread = threading.Thread(target=show, args=(metrics, num_steps, label, stop), daemon=True)
+    thread = threading.Thread(target=show, args=(folder, num_steps, label, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -89,15 +100,16 @@ def rows(label: str, num_rows: int, num_done: int) -> Iterator[Callable[[int, in
         yield advance
 
 
-def _show_bar(metrics: Path, num_steps: int, label: str, stop: threading.Event) -> None:
-    columns = _columns()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+def _show_bar(folder: Path, num_steps: int, label: str, stop: threading.Event) -> None:
+    console, card = Console(stderr=True), None
+    with Progress(*_columns(), console=console) as bar:
         task = bar.add_task(label, total=num_steps, figures="starting workers")
         while True:
             ended = stop.wait(0.5)
-            rows = _recent(metrics)
+            card = card or _show_card(folder, label, console)
+            rows = _recent(folder / TRAIN_LOG)
             if rows:
-                bar.update(task, completed=rows[-1]["step"] + 1, figures=_figures(rows))
+                bar.update(task, completed=rows[-1]["step"] + 1, figures=_figures(rows, card))
             if ended:
                 return
 
@@ -108,26 +120,42 @@ def _columns() -> tuple[ProgressColumn, ...]:
     return (*counts, figures, TimeElapsedColumn(), TimeRemainingColumn())
 
 
-def _show_lines(metrics: Path, num_steps: int, label: str, stop: threading.Event) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+def _show_lines(folder: Path, num_steps: int, label: str, stop: threading.Event) -> None:
+    console, card = Console(stderr=True, highlight=False, soft_wrap=True), None
     shown = -1
     while True:
         ended = stop.wait(LINE_EVERY_S)
-        rows = _recent(metrics)
+        card = card or _show_card(folder, label, console)
+        rows = _recent(folder / TRAIN_LOG)
         if rows and rows[-1]["step"] != shown:
             shown = int(rows[-1]["step"])
             left_s = (num_steps - shown - 1) * _mean(rows, "step_s")
-            console.print(f"{label} {shown + 1}/{num_steps}  {_figures(rows)}  {left_s:.0f} s left")
+            console.print(f"{label} {shown + 1}/{num_steps}  {_figures(rows, card)}  {left_s:.0f} s left")
         if ended:
             return
 
 
-def _figures(rows: list[dict[str, float]]) -> str:
+def _show_card(folder: Path, label: str, console: Console) -> RunCard | None:
+    """Show the run's card once it is there."""
+    file = folder / CARD
+    if not file.exists():
+        return None
+    card = RunCard(**json.loads(file.read_text()))
+    console.print(run_card(card, label))
+    return card
+
+
+def _figures(rows: list[dict[str, float]], card: RunCard | None) -> str:
     step_s = max(1e-9, _mean(rows, "step_s"))
     text = f"loss {_mean(rows, 'loss'):.4f}  {_mean(rows, 'num_tokens') / step_s:,.0f} tokens/s"
     if "mfu" in rows[-1]:
         text += f"  {_mean(rows, 'mfu'):.0%} MFU"
-    return f"{text}  data wait {_mean(rows, 'data_wait_s') / step_s:.0%}"
+    text += f"  data wait {_mean(rows, 'data_wait_s') / step_s:.0%}"
+    if card is None:
+        return text
+    done = int(rows[-1]["step"]) + 1
+    left = min(card.checkpoint_every - done % card.checkpoint_every, card.num_steps - done)
+    return f"{text}  checkpoint in {left * step_s:.0f} s"
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:

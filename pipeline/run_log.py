@@ -34,15 +34,15 @@ class RunLog:
         config = store.read_json(str(root / "run.json"))
         self._trackers = [GuardedTracker(name, root.name, config) for name in trackers]
         self._num_workers = num_workers
-        self._peak = num_workers * _peak()
+        self.peak_flops = num_workers * _peak()  # of all workers; 0 where it is not known
 
     def write(self, metrics: dict[str, float], stall_s: float) -> None:
         """Log a step; `stall_s` is what the checkpoint before it cost."""
         flops, step_s = metrics.pop("flops"), metrics["step_s"]
         row = {**metrics, "num_workers": self._num_workers, "checkpoint_stall_s": stall_s, "time_s": time.time()}
         row["tokens_per_s"] = metrics["num_tokens"] / step_s
-        if flops and self._peak:
-            row["mfu"] = flops / step_s / self._peak
+        if flops and self.peak_flops:
+            row["mfu"] = flops / step_s / self.peak_flops
         self._file.write(row)
         self._gauges.show(row)
         for tracker in self._trackers:

@@ -43,9 +43,13 @@ class MlflowTracker:
     def __init__(self, run: str, config: Mapping[str, Any]) -> None:
         import mlflow
 
-        del config  # its parameters are flat and short
         self._client = mlflow
-        mlflow.start_run(run_name=run)
+        earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{run}'", output_format="list")
+        if earlier:
+            mlflow.start_run(run_id=earlier[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=run)
+            mlflow.log_dict(dict(config), "run.json")  # its parameters are flat and short
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of a step."""

@@ -15,10 +15,11 @@ from ray.train.torch import get_device
 from pipeline import progress, store
 from pipeline.attempts import Attempts
 from pipeline.errors import RejectReason
-from pipeline.feed import Timed, prefetch
+from pipeline.feed import Timed, pinned, prefetch
 from pipeline.heap import keep_freed_memory
 from pipeline.interruptions import Interruptions
 from pipeline.plan import Pack, Plan, Step, packs_of_rank
+from pipeline.run_card import CARD, card_of
 from pipeline.run_log import RunLog
 from pipeline.trainee import HasParts, Task, Trainee
 from video_dit.parallel.apply import ParallelConfig, parallelize
@@ -105,6 +106,7 @@ class Worker:
             log = RunLog(
                 self.root, self.root / METRICS, self.state.step, self.world.size, self.config.workers["trackers"]
             )
+            self._write_card(log.peak_flops)
         self.trainee.begin(self._own_places(self.state.step))
         batches = prefetch(self._batches(self.state.step))
         stall_s = 0.0  # of the checkpoint before this step
@@ -172,6 +174,7 @@ class Worker:
         for pack, weight in self._own_packs(step):
             inputs = self.trainee.load(number, pack)
             inputs = inputs if size == 1 else inputs.shard(self.world.rank % size, size)
+            inputs = pinned(inputs) if self.world.mesh.device_type == "cuda" else inputs
             batches.append(MicroBatch(inputs=inputs, weight=weight, sample_ids=self.trainee.sample_ids(pack)))
         return batches
 
@@ -194,6 +197,18 @@ class Worker:
         counts = {"samples": len(num_tokens) - len(rows), "rejects": len(rows)}
         files = [store.write_shard(str(self.root), "rejects", rows)] if rows else []
         store.write_json(str(self.root / METRICS / "data.json"), {"counts": counts, "files": {"rejects": files}})
+
+    def _write_card(self, peak: float) -> None:
+        """For the driver, which shows it."""
+        card = card_of(
+            self.state,
+            self.plan,
+            self.trainee.flops,
+            num_steps=self.task.optimizer.num_steps,
+            checkpoint_every=self.config.workers["checkpoint_every"],
+            peak=peak,
+        )
+        store.write_json(str(self.root / METRICS / CARD), dataclasses.asdict(card))
 
     def _export(self) -> None:
         averaged = self.world.gather_state(self.state.ema)

@@ -145,7 +145,9 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack on another device."""
         names = ["tokens", "timesteps", "text", "frame_of_token", *(["images"] if self.image_lengths else [])]
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
+        is_async = torch.device(device).type == "cuda"  # from pinned memory; from other memory it waits by itself
+        moved = {name: getattr(self, name).to(device, non_blocking=is_async) for name in names}
+        return dataclasses.replace(self, **moved)
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Tokens n (c pt ph pw) back to latents (c, t, h, w), in the order they were given to `pack`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -151,6 +151,26 @@ class TrainState:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of all parts."""
         return [optimizer for part in self.parts for optimizer in part.optimizers]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of a checkpoint, all processes' shards together: weights, average and the optimizers' moments."""
+        return sum(value.nbytes for value in (*self.model.state_dict().values(), *self.ema.values())) + sum(
+            parameter.nbytes for parameter in self._with_moments()
+        )
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what this process holds once training runs, activations aside: the same and gradients, its own shards."""
+        tensors = (*self.model.state_dict().values(), *self.ema.values(), *self._trained.values())
+        return sum(local(value).nbytes for value in (*tensors, *self._with_moments()))
+
+    def _with_moments(self) -> Iterator[nn.Parameter]:
+        """Each parameter as often as an optimizer keeps a moment of its size."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield from [parameter] * (1 if isinstance(optimizer, Muon) else 2)
 
     def update(self) -> None:
         """One step of all optimizers and of the average, from the gradients, which are then gone."""

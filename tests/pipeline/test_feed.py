@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pipeline import store
-from pipeline.feed import BoundedCache, LatentDataset, prefetch
+from pipeline.feed import BoundedCache, LatentDataset, pinned, prefetch
+from video_dit.diffusion.losses import DiffusionBatch
+from video_dit.packing import pack
 from video_dit.shapes import Stride
 
 
@@ -109,3 +111,21 @@ def test_waiting_is_measured():
 
     waits = [batch.wait_s for batch in prefetch(values())]
     assert waits[1] > 0.15
+
+
+def test_pinned_memory_holds_the_same_in_the_same_places(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # page-locked where a GPU is
+    packed = pack([torch.randn(4, 1, 2, 2), torch.randn(4, 3, 2, 4)], [1.0, 2.0], [torch.randn(2, 3)] * 2)
+    batch = DiffusionBatch(packed, target=torch.randn(3, 2), weight=torch.ones(3), sigma=torch.randn(3))
+    given = {"batch": batch, "others": [torch.ones(2), "text", None, (torch.zeros(1), 3)]}
+    found = pinned(given)
+    assert type(found["batch"]) is DiffusionBatch
+    for name in ("tokens", "timesteps", "text", "frame_of_token"):
+        own, other = getattr(found["batch"].packed, name), getattr(packed, name)
+        assert own is not other
+        assert torch.equal(own, other)
+    assert found["batch"].packed.grids == packed.grids
+    assert torch.equal(found["batch"].target, batch.target)
+    assert found["batch"].target is not batch.target
+    assert found["others"][1:3] == ["text", None]
+    assert found["others"][3] == (torch.zeros(1), 3)

@@ -65,14 +65,42 @@ def test_a_service_that_is_not_installed_is_no_reason_to_stop(monkeypatch, caplo
     assert "mlflow gets no more metrics of this run: ModuleNotFoundError" in caplog.text
 
 
-def test_mlflow_gets_them_too(monkeypatch):
-    calls = []
+@pytest.fixture
+def mlflow(monkeypatch):
+    """Stands for the package: keeps runs by name."""
+    calls, runs = [], {}
     module = types.ModuleType("mlflow")
-    module.start_run = lambda run_name: calls.append(run_name)
+
+    def start_run(run_name=None, run_id=None):
+        calls.append(("start", run_name, run_id))
+        if run_name:
+            runs[run_name] = f"id of {run_name}"
+
+    def search_runs(filter_string, output_format):
+        assert output_format == "list"
+        name = filter_string.removeprefix("attributes.run_name = ").strip("'")
+        info = types.SimpleNamespace(run_id=runs.get(name))
+        return [types.SimpleNamespace(info=info)] if name in runs else []
+
+    module.start_run, module.search_runs = start_run, search_runs
+    module.log_dict = lambda values, file: calls.append((file, values))
     module.log_metrics = lambda metrics, step: calls.append((metrics, step))
     module.end_run = lambda: calls.append("end")
     monkeypatch.setitem(sys.modules, "mlflow", module)
-    tracker = GuardedTracker("mlflow", "run", {})
-    tracker.log({"loss": 0.5}, 7)
-    tracker.close()
-    assert calls == ["run", ({"loss": 0.5}, 7), "end"]
+    return calls
+
+
+def test_mlflow_gets_them_too_and_a_resumed_run_goes_on_under_its_name(mlflow):
+    for step in (7, 8):
+        tracker = GuardedTracker("mlflow", "run", {"lr": 1})
+        tracker.log({"loss": 0.5}, step)
+        tracker.close()
+    assert mlflow == [
+        ("start", "run", None),
+        ("run.json", {"lr": 1}),
+        ({"loss": 0.5}, 7),
+        "end",
+        ("start", None, "id of run"),
+        ({"loss": 0.5}, 8),
+        "end",
+    ]

@@ -191,7 +191,7 @@ def token_errors(model: nn.Module, batch: DiffusionBatch) -> Tensor:
     """Squared error of the target at each token, n, mean over its channels."""
     device = next(model.parameters()).device
     prediction = model(batch.packed.to(device))
-    return (prediction.float() - batch.target.to(device)).square().mean(dim=1)
+    return (prediction.float() - batch.target.to(device, non_blocking=device.type == "cuda")).square().mean(dim=1)
 
 
 def loss_by_noise_level(errors: Tensor, sigma: Tensor, num_buckets: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
