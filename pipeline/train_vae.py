@@ -22,6 +22,7 @@ from pipeline.stages.reader import ClipReader
 from pipeline.train import WorkersConfig, train
 from video_dit.generator import video_to_u8
 from video_dit.parallel.apply import Precision
+from video_dit.perceptual import Lpips
 from video_dit.random import keyed_generator
 from video_dit.text import HashedWordConfig, HashedWordEncoder
 from video_dit.training import OptimizerConfig
@@ -135,20 +136,24 @@ class VaeTrainee:
         self.clips = store.Manifest.load(task.clips_uri).read("clips").to_pylist()
         self.samples = Samples.of([min(clip["num_frames"], self.config.crop_frames) for clip in self.clips])
         vae = VideoVAE(self.config.vae)
-        self.model = AdversarialVae(vae, self.config.loss) if self.config.loss.adversarial_weight else vae
+        loss = self.config.loss
+        self.perceptual = Lpips.from_pretrained(loss.perceptual_file) if loss.perceptual_file else None
+        self.model = AdversarialVae(vae, loss, self.perceptual) if loss.adversarial_weight else vae
         self._reader = ClipReader()
         self._decoded: BoundedCache[int, Frames] = BoundedCache(cache_bytes, lambda video: video.nbytes)
 
     def loss_function(self, model: nn.Module, batch: VaeBatch) -> dict[str, Tensor]:
         """The weighted losses by name, summed over pixels and channels."""
         device = next(model.parameters()).device
+        if self.perceptual is not None:
+            self.perceptual.to(device)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         for part, video in enumerate(batch.videos):
             video, generator = video.to(device), keyed_generator(*batch.key, part)
             if self.config.loss.adversarial_weight:
                 losses = model(video, generator, batch.is_adversarial)
             else:
-                _, losses = reconstruction_losses(model, video, generator, self.config.loss)
+                _, losses = reconstruction_losses(model, video, generator, self.config.loss, self.perceptual)
             for name, loss in losses.items():
                 totals[name] = totals[name] + loss * video.numel()
         return dict(totals)

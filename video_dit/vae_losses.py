@@ -23,6 +23,8 @@ class VaeLossConfig:
         l2_weight, l1_weight: of the squared and the absolute error.
         gradient_weight: of the absolute error of differences between neighbours in time, height and width: edges, and
             how things move.
+        perceptual_weight: of LPIPS, frame by frame.
+        perceptual_file: its weights, a URL; see `video_dit.perceptual.Lpips`.
         kl_weight: of the divergence in nats per latent element.
         adversarial_weight: of the discriminator's verdict, relative to the reconstruction: its gradient at the
             reconstruction is scaled to that of the other errors (arXiv 2012.09841, eq. 7). 0 trains no discriminator.
@@ -34,6 +36,8 @@ class VaeLossConfig:
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     gradient_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    perceptual_file: str | None = None
     kl_weight: float = 1e-6
     adversarial_weight: float = 0.0
     adversarial_start: int = 0
@@ -42,11 +46,13 @@ class VaeLossConfig:
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("l2_weight", "l1_weight", "gradient_weight", "kl_weight", "adversarial_weight", "r1_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_weight") and getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name}={getattr(self, field.name)}: must not be negative")
         if not (self.l2_weight or self.l1_weight):
             raise ValueError("l2_weight=0, l1_weight=0: one of them must be positive")
+        if self.perceptual_weight and self.perceptual_file is None:
+            raise ValueError(f"perceptual_weight={self.perceptual_weight}: perceptual_file must name LPIPS's weights")
 
 
 def gradient_distance(video: Tensor, reference: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ class AdversarialVae(nn.Module):
     def __init__(self, vae: VideoVAE, config: VaeLossConfig, perceptual: Perceptual | None = None) -> None:
         super().__init__()
         self.vae, self.config = vae, config
-        self.perceptual: list[Perceptual] = [] if perceptual is None else [perceptual]  # not a submodule
+        self.perceptual = (perceptual,)  # in a tuple it is no submodule: it is not trained, nor saved
         self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
 
     def forward(self, video: Tensor, generator: torch.Generator, is_adversarial: bool) -> dict[str, Tensor]:
@@ -85,9 +91,7 @@ class AdversarialVae(nn.Module):
             generator: of the latents' noise.
             is_adversarial: whether the discriminator is heard, and trained.
         """
-        reconstruction, losses = reconstruction_losses(self.vae, video, generator, self.config)
-        for distance in self.perceptual:
-            losses["perceptual"] = distance(reconstruction, video)
+        reconstruction, losses = reconstruction_losses(self.vae, video, generator, self.config, *self.perceptual)
         silent = video.new_zeros(())
         losses |= {"adversarial": silent, "discriminator": silent, "r1": silent}
         if not is_adversarial:
@@ -109,7 +113,11 @@ class AdversarialVae(nn.Module):
 
 
 def reconstruction_losses(
-    vae: nn.Module, video: Tensor, generator: torch.Generator, config: VaeLossConfig
+    vae: nn.Module,
+    video: Tensor,
+    generator: torch.Generator,
+    config: VaeLossConfig,
+    perceptual: Perceptual | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A VAE's reconstruction of a video, b 3 t h w, and the weighted losses by name, means over pixels and channels."""
     reconstruction, posterior = vae(video, generator)
@@ -120,4 +128,6 @@ def reconstruction_losses(
         "gradient": config.gradient_weight * gradient_distance(reconstruction, video),
         "kl": config.kl_weight * posterior.kl().mean(),
     }
+    if perceptual is not None:
+        losses["perceptual"] = config.perceptual_weight * perceptual(reconstruction, video)
     return reconstruction, losses

@@ -131,10 +131,17 @@ def test_a_discriminator_learns_to_tell_noise_from_flat_pictures():
     assert model(video(99)).shape == (2, 1, 5, 4, 4)
 
 
-def test_a_perceptual_distance_can_be_added(model):
-    model.perceptual.append(lambda x, y: (x - y).abs().mean() * 7)
+def test_a_perceptual_distance_can_be_added():
+    def distance(x, y):
+        return (x - y).abs().mean()
+
+    config = VaeLossConfig(l1_weight=1.0, perceptual_weight=7.0, perceptual_file="x", adversarial_weight=0.3)
+    torch.manual_seed(0)
+    model = AdversarialVae(VideoVAE(VAE), config, distance)
     losses = model(video(), torch.Generator().manual_seed(0), True)
     assert losses["perceptual"].item() == pytest.approx(7 * losses["l1"].item(), rel=1e-5)
+    _, plain = reconstruction_losses(model.vae, video(), torch.Generator().manual_seed(0), config, distance)
+    assert plain["perceptual"].item() == pytest.approx(losses["perceptual"].item(), rel=1e-5)
 
 
 def test_weights_that_make_no_sense_are_named():
@@ -142,3 +149,5 @@ def test_weights_that_make_no_sense_are_named():
         VaeLossConfig(r1_weight=-1)
     with pytest.raises(ValueError, match="l2_weight=0, l1_weight=0"):
         VaeLossConfig(l2_weight=0)
+    with pytest.raises(ValueError, match="perceptual_weight=1.0: perceptual_file must name"):
+        VaeLossConfig(perceptual_weight=1.0)
