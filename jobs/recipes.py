@@ -67,7 +67,9 @@ def toy_cpu() -> Recipe:
             crop_frames=17,
             image_steps=600,
             plan=PlanConfig(token_budget=60, packs_per_step=2),
-            optimizer=OptimizerConfig(learning_rate=2e-3, num_steps=1300, weight_decay=0.0, ema_decay=0.98),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, matrix_learning_rate=0.02, num_steps=1600, weight_decay=0.0, ema_decay=0.98
+            ),
         ),
         encode=EncodeConfig(),
         video=TrainVideoConfig(

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from video_dit.muon import Matrix
 from video_dit.shapes import Stride, VideoShape
 from video_dit.vae_config import VideoVAEConfig
 from video_dit.vae_convs import CHANNELS_LAST, Cache, CausalConv3d, use_channels_last
@@ -107,6 +108,16 @@ class VideoVAE(nn.Module):
         """
         self.config = dataclasses.replace(self.config, latents_mean=tuple(mean), latents_std=tuple(std))
         return self
+
+    def hidden_matrices(self) -> list[Matrix]:
+        """Kernels between hidden layers: what Muon may train."""
+        outer = {self.encoder.conv_in, self.encoder.conv_out, self.decoder.conv_in, self.decoder.conv_out}
+        return [
+            Matrix(module.get_parameter("weight"), 3 if name.endswith("to_qkv") else 1)
+            for part in (self.encoder, self.decoder)
+            for name, module in part.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and module not in outer
+        ]
 
     def encode(self, video: Tensor) -> Gaussian:
         """The distribution of a video's latents: b 3 t h w to b z t' h' w'.

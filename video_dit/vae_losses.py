@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from video_dit.muon import Matrix
 from video_dit.patch_discriminator import PatchDiscriminator, hinge_discriminator, r1_penalty
 from video_dit.vae import VideoVAE
 
@@ -82,6 +83,10 @@ class AdversarialVae(nn.Module):
         self.vae, self.config = vae, config
         self.perceptual = (perceptual,)  # in a tuple it is no submodule: it is not trained, nor saved
         self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
+
+    def hidden_matrices(self) -> list[Matrix]:
+        """Those of the VAE."""
+        return self.vae.hidden_matrices()
 
     def forward(self, video: Tensor, generator: torch.Generator, is_adversarial: bool) -> dict[str, Tensor]:
         """The weighted losses by name, means over pixels and channels.
