@@ -113,7 +113,8 @@ class VaeTask:
         if not self.config.loss.adversarial_weight:
             return {}
         rate = self.config.discriminator_learning_rate
-        return {"discriminator": dataclasses.replace(self.optimizer, learning_rate=rate, weight_decay=0.0)}
+        own = dataclasses.replace(self.optimizer, learning_rate=rate, matrix_learning_rate=None, weight_decay=0.0)
+        return {"discriminator": own}
 
     def build(self) -> VaeTrainee:
         """Open the clips and make the VAE."""
@@ -126,6 +127,7 @@ class VaeBatch(NamedTuple):
     videos: list[Tensor]
     key: tuple[int | str, ...]
     is_adversarial: bool
+    touch_all: bool  # it holds images alone, and other packs of the step may hold videos
 
 
 class VaeTrainee:
@@ -151,9 +153,11 @@ class VaeTrainee:
         for part, video in enumerate(batch.videos):
             video, generator = video.to(device), keyed_generator(*batch.key, part)
             if self.config.loss.adversarial_weight:
-                losses = model(video, generator, batch.is_adversarial)
+                losses = model(video, generator, batch.is_adversarial, batch.touch_all)
             else:
-                _, losses = reconstruction_losses(model, video, generator, self.config.loss, self.perceptual)
+                losses = reconstruction_losses(
+                    model, video, generator, self.config.loss, self.perceptual, batch.touch_all
+                )[1]
             for name, loss in losses.items():
                 totals[name] = totals[name] + loss * video.numel()
         return dict(totals)
@@ -182,8 +186,12 @@ class VaeTrainee:
             crop = random_crop(self._read(place), self._crop_frames(step), self.config.crop_px, *key)
             by_shape[crop.shape].append(crop)
         key = (self.config.plan.seed, step, self.clips[pack[0]]["clip_id"])
-        is_adversarial = step >= self.config.loss.adversarial_start
-        return VaeBatch([to_video(np.stack(crops)) for crops in by_shape.values()], key, is_adversarial)
+        return VaeBatch(
+            videos=[to_video(np.stack(crops)) for crops in by_shape.values()],
+            key=key,
+            is_adversarial=step >= self.config.loss.adversarial_start,
+            touch_all=self._crop_frames(step) > 1 and all(shape[0] == 1 for shape in by_shape),
+        )
 
     def export(self, folder: str, averaged: dict[str, Tensor]) -> dict[str, float]:
         """Measure the latents' statistics and the reconstruction of whole clips, and write the model folder."""

@@ -136,10 +136,23 @@ class VideoVAE(nn.Module):
         """
         return self._decode(latents, None, clamp)
 
-    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Gaussian]:
-        """For training: the reconstruction from sampled latents, not clamped, and their distribution."""
+    def forward(
+        self, video: Tensor, generator: torch.Generator | None = None, touch_all: bool = False
+    ) -> tuple[Tensor, Gaussian]:
+        """For training: the reconstruction from sampled latents, not clamped, and their distribution.
+
+        Args:
+            video: b 3 t h w in [-1, 1].
+            generator: of the latents' noise.
+            touch_all: give kernels over time, which images do not use, gradients of zero: where other processes train
+                on videos meanwhile, all must have the same gradients to add up.
+        """
         posterior = self.encode(video)
-        return self.decode(posterior.sample(generator), clamp=False), posterior
+        reconstruction = self.decode(posterior.sample(generator), clamp=False)
+        if touch_all:
+            temporal = [value for name, value in self.named_parameters() if ".time_conv." in name]
+            reconstruction = reconstruction + sum((0 * value.sum() for value in temporal), video.new_zeros(()))
+        return reconstruction, posterior
 
     @torch.no_grad()
     def encode_stream(self, chunks: Iterable[Tensor], tiling: Tiling | None = None) -> Iterator[Tensor]:

@@ -88,15 +88,20 @@ class AdversarialVae(nn.Module):
         """Those of the VAE."""
         return self.vae.hidden_matrices()
 
-    def forward(self, video: Tensor, generator: torch.Generator, is_adversarial: bool) -> dict[str, Tensor]:
+    def forward(
+        self, video: Tensor, generator: torch.Generator, is_adversarial: bool, touch_all: bool = False
+    ) -> dict[str, Tensor]:
         """The weighted losses by name, means over pixels and channels.
 
         Args:
             video: b 3 t h w in [-1, 1].
             generator: of the latents' noise.
             is_adversarial: whether the discriminator is heard, and trained.
+            touch_all: see `VideoVAE`.
         """
-        reconstruction, losses = reconstruction_losses(self.vae, video, generator, self.config, *self.perceptual)
+        reconstruction, losses = reconstruction_losses(
+            self.vae, video, generator, self.config, self.perceptual[0], touch_all
+        )
         silent = video.new_zeros(())
         losses |= {"adversarial": silent, "discriminator": silent, "r1": silent}
         if not is_adversarial:
@@ -123,9 +128,10 @@ def reconstruction_losses(
     generator: torch.Generator,
     config: VaeLossConfig,
     perceptual: Perceptual | None = None,
+    touch_all: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A VAE's reconstruction of a video, b 3 t h w, and the weighted losses by name, means over pixels and channels."""
-    reconstruction, posterior = vae(video, generator)
+    reconstruction, posterior = vae(video, generator, touch_all)
     error = reconstruction - video
     losses = {
         "l2": config.l2_weight * error.square().mean(),

@@ -41,7 +41,7 @@ def test_psnr_and_ssim_of_a_shift_are_those_of_their_formulas():
 
 def test_reconstruction_losses_are_the_weighted_means():
     class Shifted(nn.Module):
-        def forward(self, x, generator):
+        def forward(self, x, generator, touch_all):
             return x + 0.5, self
 
         def kl(self):
