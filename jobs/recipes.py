@@ -27,7 +27,7 @@ from video_dit.vae import VideoVAEConfig
 def toy_cpu() -> Recipe:
     """The whole system on a laptop: a world of moving shapes, from MP4 files to a model that draws them.
 
-    On two cores about twenty minutes; then some four of five held-out captions are drawn right in all attributes.
+    On two cores a quarter of an hour; then some nine of ten held-out captions are drawn right in all attributes.
     A classifier that begins with the model takes six minutes more, a student of it that needs one step up to twelve.
     """
     text = HashedWordConfig(dim=96, position_dim=16)
