@@ -174,7 +174,6 @@ def _trainer(workers: WorkersConfig, worker: WorkerConfig, storage: Path, name: 
 
 
 def _fit(trainer: TorchTrainer) -> None:
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the Train page of Ray's dashboard
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:  # tells of the worker's exception in words only
