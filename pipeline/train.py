@@ -122,7 +122,7 @@ def train(task: Task, workers: WorkersConfig, folder: str, label: str) -> store.
             attempt=attempt,
             validator=start_validator(task, root / METRICS, workers.validation_cpus, workers.validation_gpus),
         )
-        trainer = _trainer(workers, worker, root / "ray_train", f"attempt-{attempt}")
+        trainer = _trainer(workers, worker, root / "ray_train", f"{root.name}-attempt-{attempt}")
         watching = progress.watch(root / METRICS, task.optimizer.num_steps, label)
         with watching, _stop_on_sigterm(root / STOP_FILE):
             _fit(trainer)
