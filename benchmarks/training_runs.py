@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
+from pipeline.latent_training import latents_of
 from pipeline.models import open_model
 from pipeline.plan import PlanConfig
 from pipeline.train import WorkersConfig
-from pipeline.train_video import TrainVideoConfig, VideoTask, latents_of, train_video
+from pipeline.train_video import TrainVideoConfig, VideoTask, train_video
 from video_dit import weights
 from video_dit.diffusion.losses import DiffusionConfig
 from video_dit.model import VideoDiTConfig

@@ -13,12 +13,13 @@ from pipeline.encode import EncodeConfig, encode
 from pipeline.evaluate import EvaluateConfig, evaluate_video, read_scores, toy_requests
 from pipeline.generate import GenerateConfig, sample_video
 from pipeline.given import GivenConfig
+from pipeline.latent_training import latents_of
 from pipeline.models import Model, model_folder, open_model
 from pipeline.toy import ToyConfig, make_toy_clips
 from pipeline.train import WorkersConfig
 from pipeline.train_classifier import TrainClassifierConfig, read_accuracy, train_classifier
 from pipeline.train_vae import TrainVaeConfig, read_reconstruction, train_vae
-from pipeline.train_video import TrainVideoConfig, latents_of, train_video
+from pipeline.train_video import TrainVideoConfig, train_video
 from video_dit.generator import GenerationRequest, read_limits
 
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline import store
+from pipeline.latent_training import LatentTask, LatentTrainee, latents_of
 from pipeline.models import Model
 from pipeline.plan import Pack, PlanConfig
 from pipeline.train import WorkersConfig, train
-from pipeline.train_video import LatentTask, LatentTrainee, latents_of
 from video_dit import weights
 from video_dit.diffusion.distillation import (
     AdversarialDistillation,

@@ -9,9 +9,10 @@ from runs import losses_of
 
 from pipeline.errors import ManifestError
 from pipeline.feed import LatentDataset
+from pipeline.latent_training import latents_of
 from pipeline.models import Model, model_folder
 from pipeline.online import OnlineDataset
-from pipeline.train_video import latents_of, train_video
+from pipeline.train_video import train_video
 from video_dit.shapes import Stride
 
 
