@@ -13,8 +13,15 @@ import psutil
 from training_runs import NEVER, Bench, rows_of
 
 
-def goodput(bench: Bench, seconds: float, kill_every_s: float, checkpoint_every: int = 10) -> dict[str, Any]:
-    """The share of the time that went into steps that counted, under kills."""
+CHECKPOINT_S = STEP_S = 0.2  # roughly, of the toy world's transformer
+
+
+def goodput(bench: Bench, seconds: float, kill_every_s: float) -> dict[str, Any]:
+    """The share of the time that went into steps that counted, under kills.
+
+    Checkpoints are as far apart as Young's formula says (CACM 17, 1974): sqrt(2 * time of one * time between kills).
+    """
+    checkpoint_every = round((2 * CHECKPOINT_S * kill_every_s) ** 0.5 / STEP_S)
     storage, chance, kills = bench.new_folder(), random.Random(0), []
     start_s = time.time()
     thread = threading.Thread(
@@ -34,7 +41,8 @@ def goodput(bench: Bench, seconds: float, kill_every_s: float, checkpoint_every:
                 chance.choice(victims).kill()
                 kills.append(time.time())
     watch.look()
-    return {**watch.split(start_s, kills), "kills": len(kills), "minutes": seconds / 60}
+    figures = {"kills": len(kills), "minutes": seconds / 60, "checkpoint_every": checkpoint_every}
+    return {**watch.split(start_s, kills), **figures}
 
 
 class Watch:
