@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
-from training_runs import NEVER, Bench, rows_of
+from training_runs import NEVER, Bench
 
-
+TAIL_BYTES = 1 << 16  # of the log, many seconds of it
 CHECKPOINT_S = STEP_S = 0.2  # roughly, of the toy world's transformer
 
 
@@ -33,7 +35,7 @@ def goodput(bench: Bench, seconds: float, kill_every_s: float) -> dict[str, Any]
     thread.start()
     watch = Watch(storage)
     while time.time() - start_s < seconds:
-        time.sleep(0.1)
+        time.sleep(1.0)  # less than a restart takes
         watch.look()
         if watch.began_s and time.time() - max([watch.began_s, *kills]) > kill_every_s:
             victims = train_workers()
@@ -54,9 +56,12 @@ class Watch:
         self.began_s = 0.0
 
     def look(self) -> None:
-        """Read what is new."""
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            for row in rows_of(self._storage)[-400:]:
+        """Read what is new: the end of the log, which a restart cuts back to its checkpoint seconds after a kill."""
+        for file in Path(self._storage).glob("train_video/*/metrics/train.jsonl"):
+            with file.open("rb") as log:
+                log.seek(max(0, log.seek(0, 2) - TAIL_BYTES))
+                lines = log.read().decode().split("\n")[:-1]
+            for row in map(json.loads, filter(lambda line: line.startswith("{"), lines)):
                 self.seen[int(row["step"]), row["time_s"]] = row
         if self.seen and not self.began_s:
             self.began_s = min(time_s for _, time_s in self.seen)
