@@ -29,6 +29,7 @@ from video_dit.classifier import LatentClassifier, sample_classes
 from video_dit.diffusion.guidance import GuidanceOptions, classifier_free
 from video_dit.diffusion.samplers import SAMPLERS
 from video_dit.generator import GenerationRequest, Generator
+from video_dit.given_frames import given_latents
 from video_dit.packing import PackedBatch, pack
 
 BATCH = 16
@@ -133,7 +134,8 @@ def cache(scenes: Scenes, generator: Generator) -> dict[str, Any]:
         requests = [
             generator.limits.complete(dataclasses.replace(request, cache_threshold=threshold)) for request in batch
         ]
-        return torch.inference_mode()(lambda: generator._sample(requests, None, None))
+        given = [given_latents(generator.vae, request) for request in requests]  # nothing
+        return torch.inference_mode()(lambda: generator._sample(requests, given))
 
     times = interleave({str(threshold): latents(threshold) for threshold in THRESHOLDS}, rounds=5)
     for name, figures in found.items():

@@ -14,7 +14,7 @@ from video_dit.denoiser import GuidedDenoiser
 from video_dit.diffusion.guidance import Guidance
 from video_dit.diffusion.held import hold
 from video_dit.diffusion.sampling import Denoise, sample
-from video_dit.given_frames import encode_frames, given_latents, put_back
+from video_dit.given_frames import Given, encode_frames, given_latents, has_lone_frames, put_back
 from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.packing import PackedBatch, pack, patchify
 from video_dit.random import keyed_normal
@@ -116,7 +116,8 @@ class Generator:
 
         Args:
             requests: anything may differ but num_steps and sampler.
-            on_step: called with (done, total) after each denoising step; what it raises cancels the call.
+            on_step: called with (done, total) after each denoising step; what it raises cancels the call. Where a last
+                frame is given alone, there are twice as many: the frames beside it are made before it is.
             guide: (denoise, the pack) -> another denoise function, as for `sample`.
 
         Returns:
@@ -129,21 +130,44 @@ class Generator:
         for name in ("num_steps", "sampler"):
             if len({getattr(request, name) for request in requests}) != 1:
                 raise ValueError(f"requests of one batch need the same {name}")
-        latents = self._sample([request.sampled(self.stride.t) for request in requests], on_step, guide)
+        sampled = [request.sampled(self.stride.t) for request in requests]
+        lone = [place for place, request in enumerate(sampled) if has_lone_frames(request, self.vae.config.stride.t)]
+        on_steps = _rounds(on_step, 2 if lone else 1)
+        videos = self._make(sampled, [None] * len(sampled), on_steps[0], guide)
+        if lone:
+            again = lone if guide is None else range(len(sampled))  # a guide is for all of them
+            remade = self._make([sampled[p] for p in again], [videos[p] for p in again], on_steps[1], guide)
+            for place, video in zip(again, remade, strict=True):
+                videos[place] = video if place in lone else videos[place]
+        return [video[: request.num_frames] for video, request in zip(videos, requests, strict=True)]
+
+    def _make(
+        self,
+        requests: Sequence[GenerationRequest],
+        made: Sequence[Tensor | None],
+        on_step: OnStep | None,
+        guide: Guide | None,
+    ) -> list[Tensor]:
+        """Videos with the frames that were given; `made` are those of a first round, see `given_latents`."""
+        given = [given_latents(self.vae, request, video) for request, video in zip(requests, made, strict=True)]
+        latents = self._sample(requests, given, on_step, guide)
         return [
-            put_back(self._decode(sample)[: request.num_frames], request.conditions)
+            put_back(self._decode(sample), request.conditions)
             for sample, request in zip(latents, requests, strict=True)
         ]
 
     def _sample(
-        self, requests: Sequence[GenerationRequest], on_step: OnStep | None, guide: Guide | None
+        self,
+        requests: Sequence[GenerationRequest],
+        given: Sequence[Given],
+        on_step: OnStep | None = None,
+        guide: Guide | None = None,
     ) -> list[Tensor]:
         """Latents c t h w of each request."""
         sigmas = [self._sigmas(request) for request in requests]  # levels
         starts = [self._start(request, levels[0]) for request, levels in zip(requests, sigmas, strict=True)]
         texts = self.text([request.prompt for request in requests])
         packed = pack(starts, [1000.0] * len(starts), texts, self.dit.config.patch).to(self._device)
-        given = [given_latents(self.vae, request) for request in requests]
         clean = _to_tokens(packed, [latents for latents, _ in given])  # n (c pt ph pw)
         held_to = _to_tokens(packed, [held_to for _, held_to in given]).amax(dim=1, keepdim=True)  # n 1
         denoise: Denoise = self._denoiser(requests, packed, held_to.isfinite())
@@ -200,6 +224,17 @@ class Generator:
     def _decode(self, latents: Tensor) -> Tensor:
         chunks = split_latents(latents[None], self.vae.config.stride, DECODED_PIXELS)
         return torch.cat([video_to_u8(video[0]) for video in self.vae.decode_stream(chunks)])  # t h w 3
+
+
+def _rounds(on_step: OnStep | None, num: int) -> list[OnStep | None]:
+    """`on_step` for each of some rounds of equal length, which are one to it."""
+
+    def of_round(number: int) -> OnStep | None:
+        if on_step is None:
+            return None
+        return lambda done, total: on_step(number * total + done, num * total)
+
+    return [of_round(number) for number in range(num)]
 
 
 def _to_tokens(packed: PackedBatch, samples: Sequence[Tensor]) -> Tensor:

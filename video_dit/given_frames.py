@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from video_dit.diffusion.held import LONE_SIGMA
+from video_dit.diffusion.held import LONE_SIGMA, REMADE_SIGMA
 from video_dit.requests import Condition, GenerationRequest
 from video_dit.vae import VideoVAE
 
@@ -23,17 +23,34 @@ class Given(NamedTuple):
     held_to: Tensor
 
 
-def given_latents(vae: VideoVAE, request: GenerationRequest) -> Given:
-    """Encode what a request gives; its conditions fit the model's groups of frames (`Limits.check`)."""
+def has_lone_frames(request: GenerationRequest, stride: int) -> bool:
+    """Whether a request gives one frame of a group of `stride` that are one latent frame."""
+    return any(_is_lone(condition, stride) for condition in request.conditions)
+
+
+def _is_lone(condition: Condition, stride: int) -> bool:
+    return condition.start > 0 and len(condition.frames) == 1 and stride > 1
+
+
+def given_latents(vae: VideoVAE, request: GenerationRequest, made_u8: Tensor | None = None) -> Given:
+    """Encode what a request gives; its conditions fit the model's groups of frames (`Limits.check`).
+
+    Args:
+        vae: the model's.
+        request: with its conditions.
+        made_u8: the request's video as it was made first, t h w 3, which tells the frames beside a lone one; without
+            it, they are taken to be like that.
+    """
     stride = vae.config.stride
     shape = request.shape.latent(stride)
     latents = torch.zeros(vae.config.z_dim, *shape, device=_device(vae))
     held_to = torch.full((1, *shape), torch.inf, device=_device(vae))
+    made = None if made_u8 is None else encode_frames(vae, made_u8)
     for condition in request.conditions:
         places = condition.latent_frames(stride.t)
-        latents[:, places.start : places.stop] = _encode_at(vae, condition)
-        is_lone = condition.start > 0 and len(condition.frames) == 1 and stride.t > 1
-        held_to[:, places.start : places.stop] = LONE_SIGMA if is_lone else 0.0
+        among, is_lone = slice(places.start, places.stop), _is_lone(condition, stride.t)
+        latents[:, among] = made[:, among] if is_lone and made is not None else _encode_at(vae, condition)
+        held_to[:, among] = 0.0 if not is_lone else LONE_SIGMA if made is None else REMADE_SIGMA
     return Given(latents, held_to)
 
 

@@ -7,7 +7,7 @@ import torch
 from random_pipeline import noise_u8, request
 
 from video_dit import conditions
-from video_dit.diffusion.held import LONE_SIGMA
+from video_dit.diffusion.held import LONE_SIGMA, REMADE_SIGMA
 from video_dit.diffusion.samplers import SAMPLERS
 from video_dit.given_frames import encode_frames, given_latents
 from video_dit.requests import Condition, Edit
@@ -72,6 +72,35 @@ def test_a_beginning_is_encoded_as_it_is(generator):
     whole = torch.movedim(video.float() / 127.5 - 1, -1, 0)[None]  # b c t h w
     torch.testing.assert_close(latents[:, :3], generator.vae.encode(whole).mean[0])
     assert (latents[:, 3:] == 0).all()
+
+
+def test_a_group_of_a_lone_frame_is_encoded_again_with_what_was_made_beside_it(generator):
+    asked = conditions.first_last(IMAGE, LAST, 9, **FIELDS)
+    made = noise_u8(9, seed=3)
+    latents, held_to = given_latents(generator.vae, asked, made)
+    assert held_to[0, :, 0, 0].tolist() == pytest.approx([0, torch.inf, REMADE_SIGMA])
+    torch.testing.assert_close(latents[:, 2], encode_frames(generator.vae, made)[:, 2])
+    first, _ = given_latents(generator.vae, asked)
+    assert torch.equal(latents[:, 0], first[:, 0])  # given as it is, once and again
+
+
+def test_only_videos_with_a_lone_frame_are_made_twice(generator):
+    steps = {}
+    for name in ("in between", "first and last", "loop of an image"):
+        steps[name] = []
+        generator([MODES[name][0]], on_step=lambda done, total, name=name: steps[name].append((done, total)))
+    assert steps["in between"] == [(1, 2), (2, 2)]
+    assert steps["first and last"] == steps["loop of an image"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    asked = [MODES["in between"][0], MODES["first and last"][0]]
+    sizes = []
+
+    def guide(denoise, packed):
+        sizes.append(len(packed.lengths))
+        return denoise
+
+    for together, alone in zip(generator(asked, guide=guide), asked, strict=True):
+        assert torch.equal(together, generator([alone])[0])
+    assert sizes == [2, 2]  # a guide knows all of a batch's samples
 
 
 def test_later_groups_are_encoded_behind_their_first_frame(generator):

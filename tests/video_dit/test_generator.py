@@ -12,7 +12,7 @@ from video_dit.diffusion.guidance import GuidanceOptions
 from video_dit.diffusion.samplers import SAMPLERS
 from video_dit.diffusion.schedules import LinearBetaSchedule, RectifiedFlow
 from video_dit.generator import Generator, read_limits, video_to_u8
-from video_dit.given_frames import encode_frames
+from video_dit.given_frames import encode_frames, given_latents
 from video_dit.random import keyed_normal
 from video_dit.requests import Edit
 
@@ -40,7 +40,8 @@ def test_seed_prompt_and_guidance_each_matter(generator):
 def latents_of(generator, requests):
     """What is decoded, c t h w each: bytes hide small differences, or make them large."""
     with torch.inference_mode():
-        return generator._sample([generator.limits.complete(asked) for asked in requests], None, None)
+        complete = [generator.limits.complete(asked) for asked in requests]
+        return generator._sample(complete, [given_latents(generator.vae, asked) for asked in complete])
 
 
 def test_every_setting_reaches_the_model_and_no_other_sample(generator):

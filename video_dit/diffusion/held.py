@@ -1,7 +1,8 @@
 """Frames that a video is made from: noise levels at which training shows them and sampling holds them.
 
 A token with noise level `sigma` and a held level `held_to` is seen at the lower of both, and told so by its timestep:
-`held_to` is 0 for given frames, LONE_SIGMA for a group of frames of which one is given, infinite for frames to make.
+`held_to` is 0 for given frames, LONE_SIGMA or REMADE_SIGMA for a group of frames of which one is given, infinite for
+frames to make.
 (Noise on what is given, told to the model: conditioning augmentation, arXiv 2106.15282, section 3.)
 """
 
@@ -16,6 +17,7 @@ from video_dit.diffusion.targets import Target, target_of
 from video_dit.random import keyed_generator
 
 LONE_SIGMA = 0.5  # tells where things are in a group, and leaves open how they move there
+REMADE_SIGMA = 0.2  # of such a group once its other frames were made, when it is sampled again
 BOTH_ENDS_WEIGHT = 2  # of each way with both ends given, against one for each other: they are the harder ones
 
 
