@@ -7,7 +7,7 @@ demo: setup ## toy clips -> curate -> train VAE -> encode -> train -> sample -> 
 	$(BIN)/python jobs/train_video.py
 
 test: setup check ## lint, types and the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff check .
