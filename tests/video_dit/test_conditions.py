@@ -26,6 +26,11 @@ MODES = {  # name: request, frames in all, which of them are given
 }
 
 
+def assert_alike(video, other):
+    """But for rounding: batches of other sizes add up in another order."""
+    assert (video.int() - other.int()).abs().max() <= 1
+
+
 def with_other_frames(asked):
     """The request with the last given frame changed."""
     if asked.edit:
@@ -53,7 +58,7 @@ def test_given_frames_come_back_exactly_and_change_the_others(generator, mode):
 def test_conditions_of_others_do_not_matter(generator):
     asked = [request(num_steps=2), request(num_steps=2, num_frames=1), *(mode for mode, _, _ in MODES.values())]
     for together, one in zip(generator(asked), asked, strict=True):
-        assert torch.equal(together, generator([one])[0])
+        assert_alike(together, generator([one])[0])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -99,7 +104,7 @@ def test_only_videos_with_a_lone_frame_are_made_twice(generator):
         return denoise
 
     for together, alone in zip(generator(asked, guide=guide), asked, strict=True):
-        assert torch.equal(together, generator([alone])[0])
+        assert_alike(together, generator([alone])[0])
     assert sizes == [2, 2]  # a guide knows all of a batch's samples
 
 
