@@ -28,7 +28,7 @@ def toy_cpu() -> Recipe:
     """The whole system on a laptop: a world of moving shapes, from MP4 files to a model that draws them.
 
     On two cores a quarter of an hour; then some nine of ten held-out captions are drawn right in all attributes.
-    A classifier that begins with the model takes six minutes more, a student of it that needs one step up to twelve.
+    A classifier that begins with the model takes three minutes more, a student of it that needs one step ten.
     """
     text = HashedWordConfig(dim=96, position_dim=16)
     channels = 16

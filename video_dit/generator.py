@@ -132,11 +132,12 @@ class Generator:
                 raise ValueError(f"requests of one batch need the same {name}")
         sampled = [request.sampled(self.stride.t) for request in requests]
         lone = [place for place, request in enumerate(sampled) if has_lone_frames(request, self.vae.config.stride.t)]
-        on_steps = _rounds(on_step, 2 if lone else 1)
-        videos = self._make(sampled, [None] * len(sampled), on_steps[0], guide)
+        rounds = 2 if lone else 1
+        videos = self._make(sampled, [None] * len(sampled), count_on(on_step, 0, rounds), guide)
         if lone:
             again = lone if guide is None else range(len(sampled))  # a guide is for all of them
-            remade = self._make([sampled[p] for p in again], [videos[p] for p in again], on_steps[1], guide)
+            firsts = [videos[place] for place in again]
+            remade = self._make([sampled[place] for place in again], firsts, count_on(on_step, 1, rounds), guide)
             for place, video in zip(again, remade, strict=True):
                 videos[place] = video if place in lone else videos[place]
         return [video[: request.num_frames] for video, request in zip(videos, requests, strict=True)]
@@ -226,15 +227,11 @@ class Generator:
         return torch.cat([video_to_u8(video[0]) for video in self.vae.decode_stream(chunks)])  # t h w 3
 
 
-def _rounds(on_step: OnStep | None, num: int) -> list[OnStep | None]:
-    """`on_step` for each of some rounds of equal length, which are one to it."""
-
-    def of_round(number: int) -> OnStep | None:
-        if on_step is None:
-            return None
-        return lambda done, total: on_step(number * total + done, num * total)
-
-    return [of_round(number) for number in range(num)]
+def count_on(on_step: OnStep | None, number: int, rounds: int) -> OnStep | None:
+    """`on_step` for one of some rounds, which are one to it."""
+    if on_step is None:
+        return None
+    return lambda done, total: on_step(number * total + done, rounds * total)
 
 
 def _to_tokens(packed: PackedBatch, samples: Sequence[Tensor]) -> Tensor:

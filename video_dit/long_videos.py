@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from video_dit.generator import Generator, OnStep
+from video_dit.generator import Generator, OnStep, count_on
 from video_dit.given_frames import put_back
 from video_dit.requests import Condition, Edit, GenerationRequest
 
@@ -61,7 +61,7 @@ def long_videos(
     for number in range(rounds):
         places = [place for place, plan in enumerate(plans) if number < len(plan)]
         parts = [_part(made[place], plans[place][number], number, videos[place]) for place in places]
-        for place, part in zip(places, generator(parts, _count_on(on_step, number, rounds)), strict=True):
+        for place, part in zip(places, generator(parts, count_on(on_step, number, rounds)), strict=True):
             videos[place][plans[place][number].start : plans[place][number].stop] = part
     return [video[: request.num_frames] for video, request in zip(videos, requests, strict=True)]
 
@@ -112,12 +112,6 @@ def _part(request: GenerationRequest, window: Window, number: int, video: Tensor
         edit=request.edit and Edit(frames=request.edit.frames[start:stop], sigma=request.edit.sigma),
         seed=request.seed + SEEDS_APART * number,
     )
-
-
-def _count_on(on_step: OnStep | None, number: int, rounds: int) -> OnStep | None:
-    if on_step is None:
-        return None
-    return lambda done, total: on_step(number * total + done, rounds * total)
 
 
 def check_windows(window_frames: int, overlap_frames: int, stride: int) -> None:

@@ -1,4 +1,4 @@
-"""A run of two workers loses a machine, takes another in, is told that this one will go, and has the same curve."""
+"""A run of two workers loses a machine, goes on with one, takes another machine in, and has the same curve."""
 
 import dataclasses
 import json
@@ -20,7 +20,6 @@ from video_dit.training import SingleProcess, TrainState
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 250
-EVERY = 10  # steps between checkpoints
 FIELDS = ("dit", "diffusion", "plan", "optimizer", "num_steps", "guidance_scale")
 
 
@@ -61,18 +60,16 @@ def test_a_run_shrinks_and_grows_with_the_cluster(recipe, latents, tmp_path):
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    *_, saved, uri = ended.stdout.split()
-    assert int(saved) % EVERY  # at once, not when the next one was due
-    run = store.Manifest.load(uri)
+    run = store.Manifest.load(ended.stdout.split()[-1])
     assert losses_of(run) == pytest.approx(plain_losses(recipe, latents), abs=1e-5)
     lines = Path(run.uri, "metrics", "train.jsonl").read_text().splitlines()
     sizes = [json.loads(line)["num_workers"] for line in lines]
     turns = [size for place, size in enumerate(sizes) if place == 0 or size != sizes[place - 1]]
-    assert turns == [2, 1, 2, 1]
+    assert turns == [2, 1, 2]
 
 
 def train_through_changes(latents_uri, storage):
-    """In a cluster of this process's own: a machine of one CPU goes, another comes, and is to go away as well."""
+    """In a cluster of this process's own: a machine of one CPU goes, and another comes."""
     import threading
     import time
 
@@ -82,7 +79,6 @@ def train_through_changes(latents_uri, storage):
     from jobs.recipes import smoke_cpu
     from pipeline import cluster
     from pipeline.train_video import train_video
-    from video_dit.parallel.checkpoint import committed
 
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = machines.add_node(num_cpus=1)
@@ -93,7 +89,7 @@ def train_through_changes(latents_uri, storage):
         num_workers=2,
         min_workers=1,
         cpus_per_worker=1,
-        checkpoint_every=EVERY,
+        checkpoint_every=10,
         show_every=1000,
         resize_every_s=1.0,
     )
@@ -114,25 +110,9 @@ def train_through_changes(latents_uri, storage):
     wait_for(2, 15)
     machines.remove_node(second, allow_graceful=False)
     wait_for(1, 15)
-    third = machines.add_node(num_cpus=1)
-    wait_for(2, 40)
-    notice = [
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "60",
-    ]
-    drain = ["drain-node", "--address", machines.address, "--node-id", third.node_id, *notice]
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True, capture_output=True)
-    (run,) = Path(storage).glob("train_video/*")
-    while all(checkpoint.step % EVERY == 0 for checkpoint in committed(str(run / "checkpoints"))):
-        time.sleep(0.2)
-    saved = next(iter(committed(str(run / "checkpoints")))).step
-    machines.remove_node(third, allow_graceful=False)
+    machines.add_node(num_cpus=1)
     thread.join()
-    sys.stdout.write(f"{saved} {train_video(*arguments).uri}\n")
+    sys.stdout.write(f"{train_video(*arguments).uri}\n")
     ray.shutdown()
     machines.shutdown()
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pipeline import console, progress
+from pipeline import console, progress, store
 from pipeline.console import run_card
 from pipeline.mixture import Samples
 from pipeline.plan import Plan, PlanConfig
@@ -96,7 +96,7 @@ def test_the_driver_shows_the_card_once_then_steps_and_the_next_checkpoint(tmp_p
     row = {"step": 12, "loss": 0.5, "num_tokens": 60, "step_s": 2.0, "data_wait_s": 0.5}
     with progress.watch(tmp_path, 30, "a run"):
         assert not (tmp_path / CARD).exists()
-        (tmp_path / CARD).write_text(json.dumps(dataclasses.asdict(card())))
+        store.write_json(str(tmp_path / CARD), dataclasses.asdict(card()))  # whole: it is looked for meanwhile
         (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     lines = capsys.readouterr().err
     assert lines.count("parameters") == 1
