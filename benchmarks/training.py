@@ -119,6 +119,7 @@ def table(figures: dict[str, Any]) -> str:
         found = figures["checkpoints"]
         share = f"{100 * found['stall_share']['median']:.2f} %"
         lines.append(f"| share of a run that waits for checkpoints, one every {found['every']} steps | {share} |")
+        lines.append(f"| its time over that of a run without checkpoints | {Ratio(**found['with_over_without'])} |")
     for size, rate in figures.get("workers", {}).items():
         lines.append(f"| tokens a second, {size} worker{'s' * (size != '1')} | {rate:,.0f} |")
     for every, found in figures.get("goodput", {}).items():

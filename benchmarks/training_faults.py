@@ -25,17 +25,21 @@ def goodput(bench: Bench, seconds: float, kill_every_s: float) -> dict[str, Any]
     """
     checkpoint_every = round((2 * CHECKPOINT_S * kill_every_s) ** 0.5 / STEP_S)
     storage, chance, kills = bench.new_folder(), random.Random(0), []
+    errors: list[Exception] = []
+
+    def train() -> None:
+        try:
+            bench.train(NEVER, storage, num_workers=2, checkpoint_every=checkpoint_every, max_failures=NEVER)
+        except Exception as error:  # also when the cluster goes, after the end
+            errors.append(error)
+
     start_s = time.time()
-    thread = threading.Thread(
-        target=lambda: bench.train(
-            NEVER, storage, num_workers=2, checkpoint_every=checkpoint_every, max_failures=NEVER
-        ),
-        daemon=True,
-    )
-    thread.start()
+    threading.Thread(target=train, daemon=True).start()
     watch = Watch(storage)
     while time.time() - start_s < seconds:
         time.sleep(1.0)  # less than a restart takes
+        if errors:
+            raise errors[0]
         watch.look()
         if watch.began_s and time.time() - max([watch.began_s, *kills]) > kill_every_s:
             victims = train_workers()
@@ -100,9 +104,9 @@ class Watch:
 
 
 def train_workers() -> list[psutil.Process]:
-    """The worker processes of this machine."""
+    """The worker processes of this process's own cluster."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)

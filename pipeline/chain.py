@@ -18,7 +18,7 @@ from pipeline.models import Model, model_folder, open_model
 from pipeline.toy import ToyConfig, make_toy_clips
 from pipeline.train import WorkersConfig
 from pipeline.train_classifier import TrainClassifierConfig, read_accuracy, train_classifier
-from pipeline.train_vae import TrainVaeConfig, read_reconstruction, train_vae
+from pipeline.train_vae import SHEET, TrainVaeConfig, read_reconstruction, train_vae
 from pipeline.train_video import TrainVideoConfig, train_video
 from video_dit.generator import GenerationRequest, read_limits
 
@@ -99,6 +99,7 @@ class Chain:
         clips = self.clips()
         run = self._hop("train VAE", lambda: train_vae(self.recipe.vae, self.recipe.workers, clips, self.storage))
         console.reconstruction_table(read_reconstruction(run))
+        console.say(f"look at: {store.join(model_folder(run), SHEET)}")
         return run
 
     def latents(self) -> list[store.Manifest]:

@@ -54,13 +54,12 @@ def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> None:
     _console().print(table)
 
 
-def reconstruction_table(rows: Sequence[Mapping[str, float]]) -> None:
-    """Show what a VAE makes of clips, by their shape."""
+def reconstruction_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Show what a VAE makes of clips, by their shape: see `pipeline.reconstruction.reconstruction_table`."""
     table = Table(title="reconstruction of clips", title_justify="left")
     for name in ("shape", "clips", "PSNR", "SSIM"):
         table.add_column(name, justify="right")
-    for row in rows:
-        shape = f"{row['frames']:.0f}x{row['height_px']:.0f}x{row['width_px']:.0f}"
+    for shape, row in rows.items():
         table.add_row(shape, f"{row['clips']:,.0f}", f"{row['psnr_db']:.1f} dB", f"{row['ssim']:.3f}")
     _console().print(table)
 

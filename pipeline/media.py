@@ -75,18 +75,22 @@ def contact_sheet(
         h w 3 uint8.
     """
     text_px = 14
-    row_px = text_px + cell_px + margin_px
+    sizes = [_fitted(video_u8.shape[1:3], cell_px) for video_u8 in videos_u8]
     width_px = num_columns * (cell_px + margin_px) + margin_px
-    sheet = Image.new("RGB", (width_px, row_px * len(videos_u8) + margin_px), "white")
+    height_px = margin_px + sum(text_px + height + margin_px for height, _ in sizes)
+    sheet, top_px = Image.new("RGB", (width_px, height_px), "white"), margin_px
     draw = ImageDraw.Draw(sheet)
-    for row, (video_u8, caption) in enumerate(zip(videos_u8, captions, strict=True)):
-        top_px = margin_px + row * row_px
+    for video_u8, caption, (height, width) in zip(videos_u8, captions, sizes, strict=True):
         draw.text((margin_px, top_px), caption, fill="black")
-        num_frames, height_px, width_px, _ = video_u8.shape
-        scale = cell_px / max(height_px, width_px)
-        size = (round(width_px * scale), round(height_px * scale))
-        steps = np.linspace(0, num_frames - 1, min(num_columns, num_frames)).round().astype(int)
+        steps = np.linspace(0, len(video_u8) - 1, min(num_columns, len(video_u8))).round().astype(int)
         for column, step in enumerate(steps):
-            picture = Image.fromarray(video_u8[step]).resize(size, Image.Resampling.NEAREST)
+            picture = Image.fromarray(video_u8[step]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin_px + column * (cell_px + margin_px), top_px + text_px))
+        top_px += text_px + height + margin_px
     return np.asarray(sheet)
+
+
+def _fitted(size_px: Sequence[int], most_px: int) -> tuple[int, int]:
+    """Height and width, scaled to have `most_px` on the longer side."""
+    scale = most_px / max(size_px)
+    return round(size_px[0] * scale), round(size_px[1] * scale)

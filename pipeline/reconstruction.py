@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from pipeline.media import Frames
 from video_dit.quality import psnr_db, ssim
 from video_dit.vae import VideoVAE
 
+SHAPE = ("frames", "height_px", "width_px")
 SCORES = ("psnr_db", "ssim")
 
 
@@ -32,22 +32,30 @@ def latent_statistics(vae: VideoVAE, videos_u8: Sequence[Frames]) -> tuple[list[
 
 
 @torch.no_grad()
-def reconstruction_table(vae: VideoVAE, videos_u8: Sequence[Frames]) -> list[dict[str, Any]]:
-    """A row a shape: "frames", "height_px", "width_px", "clips", and the clips' mean "psnr_db" and "ssim"."""
-    found: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
+def reconstruction_scores(vae: VideoVAE, videos_u8: Sequence[Frames]) -> list[dict[str, float]]:
+    """A row a video: "frames", "height_px", "width_px", and of its reconstruction "psnr_db" and "ssim"."""
+    rows = []
     for video in _each(videos_u8):
         reconstruction = vae.decode(vae.encode(video).mean)
-        found[tuple(video.shape[2:])].append(
-            (float(psnr_db(reconstruction, video)), float(ssim(reconstruction, video)))
-        )
-    return [
-        {
-            **dict(zip(("frames", "height_px", "width_px"), shape, strict=True)),
-            "clips": len(values),
-            **dict(zip(SCORES, np.mean(values, axis=0).tolist(), strict=True)),
-        }
-        for shape, values in sorted(found.items())
-    ]
+        scores = (float(score(reconstruction, video)) for score in (psnr_db, ssim))
+        rows.append(dict(zip((*SHAPE, *SCORES), (*video.shape[2:], *scores), strict=True)))
+    return rows
+
+
+def reconstruction_table(rows: Sequence[Mapping[str, float]], most: int = 10) -> dict[str, dict[str, float]]:
+    """The number of "clips" and their mean scores of the `most` frequent shapes ("9x32x48"), the rest, and all."""
+    by_shape: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    for row in rows:
+        by_shape["x".join(f"{row[name]:.0f}" for name in SHAPE)].append(row)
+    names = sorted(by_shape, key=lambda name: -len(by_shape[name]))
+    table = {name: _means_of(by_shape[name]) for name in names[:most]}
+    if rest := names[most:]:
+        table[f"{len(rest)} other shapes"] = _means_of([row for name in rest for row in by_shape[name]])
+    return {**table, "all": _means_of(rows)}
+
+
+def _means_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {"clips": len(rows), **{name: float(np.mean([row[name] for row in rows])) for name in SCORES}}
 
 
 def _each(videos_u8: Sequence[Frames]) -> Iterator[Tensor]:

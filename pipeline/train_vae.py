@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pipeline.media import Frames
 from pipeline.mixture import Samples
 from pipeline.models import model_folder
 from pipeline.plan import Pack, PlanConfig
-from pipeline.reconstruction import SCORES, latent_statistics, reconstruction_table, to_video
+from pipeline.reconstruction import SCORES, latent_statistics, reconstruction_scores, reconstruction_table, to_video
 from pipeline.stages.reader import ClipReader
 from pipeline.train import WorkersConfig, train
 from video_dit.generator import video_to_u8
@@ -29,7 +29,6 @@ from video_dit.training import OptimizerConfig
 from video_dit.vae import VideoVAE, VideoVAEConfig
 from video_dit.vae_losses import AdversarialVae, VaeLossConfig, reconstruction_losses
 
-NUM_SHOWN = 4  # clips in TensorBoard each time
 RECONSTRUCTION = "reconstruction.json"
 SHEET = "reconstructions.png"
 
@@ -198,17 +197,17 @@ class VaeTrainee:
         vae = VideoVAE(self.config.vae).eval()
         own = {name.removeprefix("vae."): value for name, value in averaged.items() if not name.startswith("discrim")}
         vae.load_state_dict(own)
-        places = np.linspace(0, len(self.clips) - 1, min(len(self.clips), self.config.num_statistics_clips)).astype(int)
-        videos = [self._read(int(place)) for place in dict.fromkeys(places.tolist())]
-        means, stds = latent_statistics(vae, videos)
-        vae.with_latent_statistics(means, stds).save_pretrained(folder)
+        most = min(len(self.clips), self.config.num_statistics_clips)
+        places = np.linspace(0, len(self.clips) - 1, most).astype(int).tolist()
+        videos = [self._read(place) for place in places]
+        vae.with_latent_statistics(*latent_statistics(vae, videos)).save_pretrained(folder)
         HashedWordEncoder(self.config.text).save_pretrained(folder)
-        table = reconstruction_table(vae, videos)
-        store.write_json(store.join(folder, RECONSTRUCTION), table)
+        scores = reconstruction_scores(vae, videos)
+        rows = [{"place": place, **row} for place, row in zip(places, scores, strict=True)]
+        store.write_json(store.join(folder, RECONSTRUCTION), rows)
+        means = {name: float(np.mean([row[name] for row in rows])) for name in SCORES}
         num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-        counts = [row["clips"] for row in table]
-        scores = {name: float(np.average([row[name] for row in table], weights=counts)) for name in SCORES}
-        return {**scores, "num_parameters": num_parameters, "num_clips": len(self.clips)}
+        return {**means, "num_parameters": num_parameters, "num_clips": len(self.clips)}
 
     def flops(self, pack: Pack) -> float:
         """Not counted."""
@@ -219,16 +218,22 @@ class VaeTrainee:
         return {}
 
     def show(self, folder: str) -> tuple[dict[str, Frames], float]:
-        """A few clips, each beside its reconstruction."""
+        """The clips whose reconstructions are the worst, the median and the best, each above its reconstruction."""
         vae = VideoVAE.from_pretrained(folder)
-        shown = {}
-        for place in range(0, len(self.clips), -(-len(self.clips) // NUM_SHOWN)):
-            video_u8 = self._read(place)
+        rows = sorted(store.read_json(store.join(folder, RECONSTRUCTION)), key=lambda row: row["psnr_db"])
+        shown, captions = {}, []
+        for name, rank in {"worst": 0, "median": len(rows) // 2, "best": -1}.items():
+            row = rows[rank]
+            video_u8 = self._read(row["place"])
             with torch.no_grad():
                 reconstruction = vae.decode(vae.encode(to_video(video_u8[None])).mean)[0]
-            both = np.concatenate([video_u8, video_to_u8(reconstruction).numpy()], axis=2)
-            shown[f"reconstructions/{place}"] = both
-        sheet = media.contact_sheet(list(shown.values()), [f"clip {name.split('/')[1]}, as made" for name in shown])
+            shown[f"reconstructions/{name}"] = np.concatenate([video_u8, video_to_u8(reconstruction).numpy()], axis=1)
+            clip_id = self.clips[row["place"]]["clip_id"]
+            captions.append(
+                f"{name} of {len(rows)} clips, below its reconstruction:"
+                f" {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.3f} ({clip_id})"
+            )
+        sheet = media.contact_sheet(list(shown.values()), captions, cell_px=160)
         store.write_bytes(store.join(folder, SHEET), media.encode_png(sheet))
         return shown, float(self.clips[0]["fps"])
 
@@ -250,7 +255,6 @@ def random_crop(video_u8: Frames, max_frames: int, max_px: int, *key: int | str)
     return video_u8[t0 : t0 + t, y0 : y0 + h, x0 : x0 + w]
 
 
-def read_reconstruction(run: store.Manifest) -> list[dict[str, Any]]:
+def read_reconstruction(run: store.Manifest) -> dict[str, dict[str, float]]:
     """What a finished run measured: see `reconstruction_table`."""
-    table: list[dict[str, Any]] = store.read_json(store.join(model_folder(run), RECONSTRUCTION))
-    return table
+    return reconstruction_table(store.read_json(store.join(model_folder(run), RECONSTRUCTION)))

@@ -11,6 +11,7 @@ def ray_cluster(tmp_path_factory):
     os.environ["RAY_AUTH_MODE"] = "disabled"  # ray.init would turn tokens on for this process and write into HOME
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # the end of a run or a worker is seen sooner
     import ray
 
     from pipeline import cluster

@@ -3,7 +3,6 @@
 KINORAY_TRAIN_KILLS is the number of SIGKILLs of workers (default 5).
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -15,10 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from runs import losses_of
+from runs import losses_of, train_workers
 
 from pipeline.errors import TrainingStoppedError
 from pipeline.models import model_folder
@@ -56,16 +54,6 @@ def assert_same(run, other):
     ours, theirs = (weights.read_state(model_folder(one), "transformer") for one in (run, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def train_workers():
-    """The worker processes of this machine."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def last_step(storage):

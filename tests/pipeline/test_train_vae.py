@@ -9,7 +9,7 @@ import torch
 
 from jobs.recipes import toy_cpu
 from pipeline import media, store
-from pipeline.reconstruction import latent_statistics, reconstruction_table, to_video
+from pipeline.reconstruction import latent_statistics, reconstruction_scores, reconstruction_table, to_video
 from pipeline.train_vae import VaeTask, random_crop
 from video_dit.train_step import MicroBatch, train_step
 from video_dit.training import SingleProcess, TrainState
@@ -109,9 +109,9 @@ def test_a_discriminator_trains_beside_the_vae_and_stays_out_of_the_model_folder
     assert rows[0]["discriminator"] == pytest.approx(2, abs=0.5)
     assert {"l1", "l2", "gradient", "kl", "adversarial", "r1", "grad_norm_discriminator"} <= set(rows[0])
     figures = adversarial.export(str(tmp_path), state.ema)
-    table = json.loads((tmp_path / "reconstruction.json").read_text())
-    assert sum(row["clips"] for row in table) == 2
-    assert figures["psnr_db"] == pytest.approx(np.mean([row["psnr_db"] for row in table]))
+    rows = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert len(rows) == 2
+    assert figures["psnr_db"] == pytest.approx(np.mean([row["psnr_db"] for row in rows]))
     VideoVAE.from_pretrained(str(tmp_path))
 
 
@@ -138,10 +138,39 @@ def test_psnr_is_that_of_its_definition():
         def decode(self, latents):
             return latents + 0.1
 
-    (one, two) = reconstruction_table(Shifted(), [clip_video(2), clip_video(0), clip_video(2)])
-    assert (one["frames"], one["height_px"], one["width_px"], one["clips"]) == (9, 32, 32, 2)
-    assert two["clips"] == 1
-    assert one["psnr_db"] == pytest.approx(10 * np.log10(2**2 / 0.1**2), rel=1e-4)
+    rows = reconstruction_scores(Shifted(), [clip_video(2), clip_video(0), clip_video(2)])
+    assert [(row["frames"], row["height_px"], row["width_px"]) for row in rows] == [
+        (9, 32, 32),
+        (17, 32, 48),
+        (9, 32, 32),
+    ]
+    assert rows[0]["psnr_db"] == pytest.approx(10 * np.log10(2**2 / 0.1**2), rel=1e-4)
+
+
+def test_the_table_has_frequent_shapes_first_and_all_clips():
+    sizes = [32, 48, 48, 64, 80, 48, 32]
+    rows = [{"frames": 9, "height_px": size, "width_px": 32, "psnr_db": size / 2, "ssim": size / 100} for size in sizes]
+    assert reconstruction_table(rows, most=2) == {
+        "9x48x32": {"clips": 3, "psnr_db": 24, "ssim": pytest.approx(0.48)},
+        "9x32x32": {"clips": 2, "psnr_db": 16, "ssim": pytest.approx(0.32)},
+        "2 other shapes": {"clips": 2, "psnr_db": 36, "ssim": pytest.approx(0.72)},
+        "all": {"clips": 7, "psnr_db": pytest.approx(sum(sizes) / 14), "ssim": pytest.approx(sum(sizes) / 700)},
+    }
+    assert list(reconstruction_table(rows[:1])) == ["9x32x32", "all"]
+
+
+def test_the_worst_the_median_and_the_best_are_shown(trainee, tmp_path):
+    torch.manual_seed(0)
+    trainee.export(str(tmp_path), trainee.model.state_dict())
+    shown, _ = trainee.show(str(tmp_path))
+    rows = sorted(json.loads((tmp_path / "reconstruction.json").read_text()), key=lambda row: row["psnr_db"])
+    for name, row in zip(("worst", "median", "best"), (rows[0], rows[len(rows) // 2], rows[-1]), strict=True):
+        above, below = np.split(shown[f"reconstructions/{name}"], 2, axis=1)
+        assert above.shape[1] == row["height_px"]
+        assert 10 * np.log10(255**2 / np.square(above.astype(float) - below).mean()) == pytest.approx(
+            row["psnr_db"], abs=0.2
+        )
+    assert (tmp_path / "reconstructions.png").exists()
 
 
 def test_crops_must_fit_the_stride():
