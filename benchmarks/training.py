@@ -125,6 +125,7 @@ def table(figures: dict[str, Any]) -> str:
     for every, found in figures.get("goodput", {}).items():
         text = f"{100 * found['goodput']:.1f} % (restart {found['restart_s']:.1f} s)"
         lines.append(f"| share of the time in steps that count, a worker killed every {every} s | {text} |")
+    lines += ["", f"Measured until {figures['date']}: {figures['machine']}."]
     return "\n".join(lines)
 
 
