@@ -63,7 +63,7 @@ def test_a_run_shrinks_and_grows_with_the_cluster(recipe, latents, tmp_path):
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
         }
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, **short_waits}
         ended = subprocess.run(

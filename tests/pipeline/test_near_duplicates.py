@@ -115,7 +115,7 @@ def test_over_files_of_any_cut(ray_cluster, tmp_path, monkeypatch):
     rows.insert(5, {"position": 29, "fingerprint": None, "caption": "flat"})
     rows.insert(9, {"position": 30, "fingerprint": None, "caption": "flat"})
     expected = brute_force(list(enumerate(prints)), 4)
-    for cuts in ([100], [1, 2, 150], [len(rows)]):
+    for cuts in ([1, 2, 150], [len(rows)]):
         files = []
         for number, part in enumerate(np.split(np.array(rows), cuts)):
             files.append(str(tmp_path / f"{len(cuts)}-{number}.parquet"))

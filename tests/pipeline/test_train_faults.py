@@ -40,7 +40,7 @@ def video(recipe):
 @pytest.fixture(scope="module")
 def workers(recipe):
     return dataclasses.replace(
-        recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3, show_every=1000, max_failures=1000
+        recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=6, show_every=1000, max_failures=1000
     )
 
 
@@ -162,7 +162,7 @@ def driver_of(latents, storage):
         "cluster.connect(num_cpus=2, address='local', include_dashboard=False); recipe = smoke_cpu()\n"
         "optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=int(sys.argv[3]))\n"
         "video = dataclasses.replace(recipe.video, optimizer=optimizer)\n"
-        "workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=3,"
+        "workers = dataclasses.replace(recipe.workers, num_workers=2, cpus_per_worker=1, checkpoint_every=6,"
         " show_every=1000)\n"
         "train_video(video, workers, [store.Manifest.load(sys.argv[1])], sys.argv[2])\n"
     )

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import fsspec
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -77,7 +78,7 @@ class Checkpoints:
         self._rank, self._size = world.rank, world.size
         self._group = dist.new_group(backend="gloo")  # its own: it is used while training uses the other
         self._attempt = self._told_by_first(uuid.uuid4().hex[:8])
-        self._stager = BlockingAsyncStager()
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -85,9 +86,7 @@ class Checkpoints:
         """Copy the state, and write the copy while training goes on; waits for the one before."""
         self.wait()
         reach("before_stage")
-        values, _ = _tensors_of(state)
-        staged = self._stager.stage(values)
-        self._pending = self._thread.submit(self._write, state.step, staged)
+        self._pending = self._thread.submit(self._write, state.step, self._stage(_tensors_of(state)[0]))
 
     def wait(self) -> None:
         """Until what was saved is committed; raises what went wrong with it."""
@@ -111,6 +110,13 @@ class Checkpoints:
             if self._rank == 0:
                 withdraw(folder)
         return None
+
+    def _stage(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Copy tensors to memory that is kept from one checkpoint to the next, page-locked where there is a GPU."""
+        if self._stager.state_dict_cache is None and not torch.cuda.is_available():
+            self._stager.state_dict_cache = BlockingAsyncStager().stage(values)
+            return self._stager.state_dict_cache
+        return self._stager.stage(values)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         reach("during_async_upload")
