@@ -12,6 +12,7 @@ def ray_cluster(tmp_path_factory):
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # the end of a run or a worker is seen sooner
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less a worker group; `test_elastic` has it
     import ray
 
     from pipeline import cluster

@@ -59,13 +59,14 @@ def plain_losses(recipe, latents):
 def test_a_run_shrinks_and_grows_with_the_cluster(recipe, latents, tmp_path):
     command = [sys.executable, __file__, latents.uri, str(tmp_path)]
     with tempfile.TemporaryDirectory() as folder:  # of the cluster, or others would take it for theirs
-        short_waits = {  # what Ray waits for by default is most of this test's time
+        settings = {  # what Ray waits for by default is most of this test's time
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
         }
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, **short_waits}
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, **settings}
         ended = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
