@@ -230,7 +230,7 @@ class VaeTrainee:
             shown[f"reconstructions/{name}"] = np.concatenate([video_u8, video_to_u8(reconstruction).numpy()], axis=1)
             clip_id = self.clips[row["place"]]["clip_id"]
             captions.append(
-                f"{name} of {len(rows)} clips, below its reconstruction:"
+                f"{name} of {len(rows)} clips, its reconstruction below it:"
                 f" {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.3f} ({clip_id})"
             )
         sheet = media.contact_sheet(list(shown.values()), captions, cell_px=160)
