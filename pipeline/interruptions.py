@@ -24,6 +24,8 @@ class Asked(NamedTuple):
 class Interruptions:
     """Looks, every few seconds, whether the run is to be stopped or a machine to go away; all processes agree.
 
+    They look after the same steps without a word between: each time, rank 0 says how many steps fit in until the next.
+
     Args:
         stop_file: is there when the run is to be stopped.
         world: the processes.
@@ -32,17 +34,27 @@ class Interruptions:
     def __init__(self, stop_file: Path, world: DistributedWorld) -> None:
         self._stop_file, self._world = stop_file, world
         self._looked_s = time.monotonic()
+        self._num_steps, self._interval = 0, 1  # since the last look, and until the next
         self._deadline_ms: int | None = None  # of the machine that a checkpoint was saved for
 
     def look(self) -> Asked:
         """Every process calls it after every step."""
-        is_time = self._world.rank == 0 and time.monotonic() - self._looked_s > LOOK_EVERY_S
-        told = torch.tensor([float(is_time), float(is_time and self._stop_file.exists())])
-        looks, stops = self._world.sum(told).tolist()
-        if not looks:
+        self._num_steps += 1
+        if self._num_steps < self._interval:
             return Asked(save=False, stop=False)
-        self._looked_s = time.monotonic()
+        is_stopped = self._agree()
         info = ray.train.get_preemption_info()  # all processes wait for each other in it
         is_new = info is not None and info.deadline_ms != self._deadline_ms
         self._deadline_ms = info.deadline_ms if info else None
-        return Asked(save=is_new, stop=stops > 0)
+        return Asked(save=is_new, stop=is_stopped)
+
+    def _agree(self) -> bool:
+        """Whether the run is to be stopped; sets when to look next."""
+        now_s = time.monotonic()
+        steps_per_s = self._num_steps / max(now_s - self._looked_s, 1e-3)
+        told = torch.zeros(2)
+        if self._world.rank == 0:
+            told = torch.tensor([max(1.0, LOOK_EVERY_S * steps_per_s // 1), float(self._stop_file.exists())])
+        interval, is_stopped = self._world.sum(told).tolist()
+        self._looked_s, self._num_steps, self._interval = now_s, 0, int(interval)
+        return is_stopped > 0
