@@ -110,7 +110,12 @@ def smoke_cpu() -> Recipe:
     return replace(
         recipe,
         toy=replace(recipe.toy, num_clips=48),
-        vae=replace(recipe.vae, optimizer=replace(recipe.vae.optimizer, num_steps=10), num_statistics_clips=16),
+        vae=replace(
+            recipe.vae,
+            image_steps=6,
+            optimizer=replace(recipe.vae.optimizer, num_steps=10),
+            num_statistics_clips=16,
+        ),
         video=replace(
             recipe.video,
             dit=replace(recipe.video.dit, num_attention_heads=2, ffn_dim=128, num_layers=2),

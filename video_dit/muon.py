@@ -93,6 +93,9 @@ class Muon(torch.optim.Optimizer):
             group["params"].append(parameter)
         self.world = world
         super().__init__(groups.values(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["average"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -137,8 +140,6 @@ class Muon(torch.optim.Optimizer):
 
     def _directions(self, stack: Stack) -> Tensor:
         """This process's rows of a stack's directions, k rows columns."""
-        for parameter in stack.parameters:
-            self.state[parameter].setdefault("average", torch.zeros_like(parameter))
         gradients = [local(parameter.grad) for parameter in stack.parameters if parameter.grad is not None]
         averages = [local(self.state[parameter]["average"]) for parameter in stack.parameters]
         momentum = stack.group["momentum"]

@@ -226,6 +226,10 @@ def _optimizers(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    for parameter in (*decayed, *others):
+        # AdamW's own would come with a parameter's first gradient, and checkpoints before it lack them.
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     if config.matrix_learning_rate is None:
         return [adamw]
     muon = Muon(

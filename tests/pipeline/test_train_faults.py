@@ -20,6 +20,7 @@ from runs import losses_of, train_workers
 
 from pipeline.errors import TrainingStoppedError
 from pipeline.models import model_folder
+from pipeline.train_vae import train_vae
 from pipeline.train_video import train_video
 from video_dit import weights
 from video_dit.parallel.checkpoint import committed
@@ -49,9 +50,9 @@ def undisturbed(video, workers, latents, tmp_path_factory):
     return train_video(video, workers, [latents], str(tmp_path_factory.mktemp("undisturbed")))
 
 
-def assert_same(run, other):
+def assert_same(run, other, component="transformer"):
     assert losses_of(run) == losses_of(other)  # to the last bit
-    ours, theirs = (weights.read_state(model_folder(one), "transformer") for one in (run, other))
+    ours, theirs = (weights.read_state(model_folder(one), component) for one in (run, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -152,6 +153,17 @@ def test_a_driver_killed_with_all_its_processes_is_gone_on_from(video, workers, 
     child.communicate()
     assert not list(tmp_path.glob("train_video/*/manifest.json"))
     assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
+
+
+def test_a_vae_that_dies_on_videos_goes_on_from_a_checkpoint_of_images(recipe, chain, tmp_path, monkeypatch):
+    """Its kernels over time have had no gradient there."""
+    assert recipe.workers.checkpoint_every < recipe.vae.image_steps < recipe.vae.optimizer.num_steps
+    undisturbed, clips = chain.vae(), chain.clips()
+    monkeypatch.setenv(VARIABLE, "before_stage:2")
+    monkeypatch.setenv(ONCE, str(tmp_path))
+    run = train_vae(recipe.vae, recipe.workers, clips, str(tmp_path / "runs"))
+    assert (tmp_path / "before_stage:2").exists()
+    assert_same(run, undisturbed, "vae")
 
 
 def driver_of(latents, storage):

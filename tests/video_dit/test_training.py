@@ -53,6 +53,28 @@ def test_accumulated_steps_equal_plain_adamw_on_the_whole_batch():
     assert torch.allclose(model.bias, peer.bias, atol=1e-6)
 
 
+def test_a_parameter_without_a_gradient_stands_still_and_counts_no_step():
+    """As it does in plain AdamW; only its moments are there from the start."""
+    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))]
+    model, peer = nn.ParameterList(parameters), nn.ParameterList(copy.deepcopy(parameters))
+    config = OptimizerConfig(warmup_steps=0, weight_decay=0.1, final_fraction=1.0)
+    state = TrainState(model, config, SingleProcess())
+    optimizer = torch.optim.AdamW(peer, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.1)
+    (ours,) = state.optimizers
+    shapes = [{name: value.shape for name, value in ours.state[p].items()} for p in model]
+    for step in range(6):
+        gradient = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        for each in (model, peer):
+            each[0].grad, each[1].grad = gradient.clone(), gradient.clone() if step >= 3 else None
+        state.update()
+        optimizer.step()
+        assert model[1].equal(torch.ones(2, 3)) == (step < 3)
+        for mine, theirs in zip(model, peer, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert [ours.state[p]["step"].item() for p in model] == [6, 3]
+    assert [{name: value.shape for name, value in optimizer.state[p].items()} for p in peer] == shapes
+
+
 def test_weight_zero_adds_nothing():
     model, x, y = random_problem()
     twin = copy.deepcopy(model)

@@ -20,7 +20,7 @@ from video_dit.model import VideoDiT, VideoDiTConfig
 from video_dit.parallel import checkpoint as checkpoints
 from video_dit.parallel import failpoints
 from video_dit.parallel.apply import ParallelConfig, parallelize
-from video_dit.parallel.checkpoint import Checkpoints, Manifest, committed, prune
+from video_dit.parallel.checkpoint import Checkpoints, Manifest, committed, prune, withdraw
 from video_dit.parallel.checkpoint_files import CheckpointFiles, ShardReader, Written, index_name
 from video_dit.parallel.failpoints import VARIABLE
 from video_dit.parallel.world import DistributedWorld
@@ -47,17 +47,20 @@ def world(tmp_path_factory):
     dist.destroy_process_group()
 
 
-def new_state(world, seed=0):
+def new_state(world, seed=0, matrix_learning_rate=None):
     torch.manual_seed(seed)
     model = VideoDiT(VideoDiTConfig(num_attention_heads=2, num_layers=2, **SIZES))
-    return TrainState(parallelize(model, world.mesh, ParallelConfig(min_group=0)), OptimizerConfig(), world)
+    config = OptimizerConfig(matrix_learning_rate=matrix_learning_rate)
+    return TrainState(parallelize(model, world.mesh, ParallelConfig(min_group=0)), config, world)
 
 
-def go_on(state, until):
-    """Updates that depend on nothing but the step."""
+def go_on(state, until, late=()):
+    """Updates that depend on nothing but the step; `late` parameters have no gradient before step 3."""
     while state.step < until:
         generator = torch.Generator().manual_seed(state.step)
-        for parameter in state.model.parameters():
+        for name, parameter in state.model.named_parameters():
+            if name in late and state.step < 3:
+                continue
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.grad = torch.distributed.tensor.distribute_tensor(
                 gradient, parameter.device_mesh, parameter.placements
@@ -137,6 +140,24 @@ def test_what_was_saved_is_restored_to_the_bit_while_training_goes_on(world, fol
     fs, root = fsspec.url_to_fs(url)
     fs.invalidate_cache()
     assert sorted(path.rsplit("/", 1)[1] for path in fs.ls(root, detail=False)) == ["step-4", "step-6"]
+
+
+@pytest.mark.parametrize("matrix_learning_rate", [None, 0.02])
+def test_parameters_may_get_their_first_gradient_after_a_checkpoint(world, tmp_path, matrix_learning_rate):
+    """As kernels over time do, of a VAE that trains on images first."""
+    state = new_state(world, 0, matrix_learning_rate)
+    keeper = Checkpoints(str(tmp_path), world, keep=3)
+    late = [name for name, _ in state.model.named_parameters()][::2]
+    for step in (2, 4, 6):
+        go_on(state, step, late)
+        keeper.save(state)
+    keeper.wait()
+    for step in (6, 4, 2):
+        other = new_state(world, 1, matrix_learning_rate)
+        assert Checkpoints(str(tmp_path), world).restore(other) == step
+        go_on(other, 6, late)
+        assert_same(other, state)
+        withdraw(f"{tmp_path}/step-{step}")
 
 
 def test_every_changed_bit_of_the_files_is_seen(saved, tmp_path):
