@@ -30,6 +30,12 @@ def source(chain):
     return store.join(chain.toy_clips().uri, "clips")
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """Of all runs: they train on the same latents."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def chain_of(recipe, source, storage, published, **video):
     optimizer = dataclasses.replace(recipe.video.optimizer, num_steps=6, learning_rate=1e-2, matrix_learning_rate=None)
     settings = {"start": published, "optimizer": optimizer, "num_validation_prompts": 0, **video}
@@ -39,8 +45,8 @@ def chain_of(recipe, source, storage, published, **video):
 
 
 @pytest.fixture(scope="module")
-def adapted(recipe, source, published, tmp_path_factory):
-    chain = chain_of(recipe, source, tmp_path_factory.mktemp("lora"), published, lora_rank=4, lora_alpha=8)
+def adapted(recipe, source, storage, published):
+    chain = chain_of(recipe, source, storage, published, lora_rank=4, lora_alpha=8)
     return chain.model()
 
 
@@ -50,8 +56,8 @@ def difference(uri, other):
     return {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
 
 
-def test_all_weights_are_trained_on_latents_of_the_models_own_vae(recipe, source, published, tmp_path):
-    chain = chain_of(recipe, source, tmp_path, published)
+def test_all_weights_are_trained_on_latents_of_the_models_own_vae(recipe, source, storage, published):
+    chain = chain_of(recipe, source, storage, published)
     model = chain.model()
     assert all(change > 0 for change in difference(model.uri, published).values())
     assert weights.read_state(model.uri, "vae").keys() == weights.read_state(published, "vae").keys()

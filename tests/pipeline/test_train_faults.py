@@ -119,10 +119,16 @@ def test_death_at_places_of_the_loop_changes_no_bit(video, workers, latents, und
     assert_same(run, undisturbed)
 
 
-def test_sigterm_saves_a_checkpoint_and_only_who_wants_to_goes_on(video, workers, latents, undisturbed, tmp_path):
-    """Even if a worker dies while it saves."""
+def test_a_driver_is_stopped_and_the_next_one_killed_and_the_last_one_ends_the_same(
+    video, workers, latents, undisturbed, tmp_path
+):
+    """SIGTERM, and a worker dies while it saves; SIGKILL with all its processes, as when the machine goes down."""
+
+    def resume(how):
+        return train_video(video, dataclasses.replace(workers, resume=how), [latents], str(tmp_path))
+
     with pytest.raises(ValueError, match="resume='must': .* holds no checkpoint"):
-        train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path))
+        resume("must")
     (tmp_path / "marks").mkdir()
     child = driver_of(latents, tmp_path)
     while last_step(tmp_path) < 4:
@@ -138,21 +144,16 @@ def test_sigterm_saves_a_checkpoint_and_only_who_wants_to_goes_on(video, workers
     with pytest.raises(
         ValueError, match=rf"resume='never': .* has a checkpoint of step {reached}; use 'auto' or delete it"
     ):
-        train_video(video, dataclasses.replace(workers, resume="never"), [latents], str(tmp_path))
-    assert_same(train_video(video, dataclasses.replace(workers, resume="must"), [latents], str(tmp_path)), undisturbed)
+        resume("never")
 
-
-def test_a_driver_killed_with_all_its_processes_is_gone_on_from(video, workers, latents, undisturbed, tmp_path):
-    """As when the machine goes down."""
-    (tmp_path / "marks").mkdir()
     child = driver_of(latents, tmp_path)
-    while not list(tmp_path.glob("train_video/*/checkpoints/step-*/manifest.json")):
+    while last_step(tmp_path) < reached:
         assert child.poll() is None
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     assert not list(tmp_path.glob("train_video/*/manifest.json"))
-    assert_same(train_video(video, workers, [latents], str(tmp_path)), undisturbed)
+    assert_same(resume("must"), undisturbed)
 
 
 def test_a_vae_that_dies_on_videos_goes_on_from_a_checkpoint_of_images(recipe, chain, tmp_path, monkeypatch):
